@@ -1,0 +1,5 @@
+"""Rows of the op table, by theme. Importing this package fills the table."""
+
+from qcn_compile.ir.ops import attention, deltanet, elementwise, linear, moe, norm, shape
+
+__all__ = ["attention", "deltanet", "elementwise", "linear", "moe", "norm", "shape"]

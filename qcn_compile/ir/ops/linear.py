@@ -1,0 +1,41 @@
+"""Matrix products and table look-ups. Weights are [out, in] as in the checkpoint."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from qcn_compile.ir.optable import op
+from qcn_compile.ir.types import TensorType, size_of
+
+
+def _flops(types, results, attrs, sizes):  # type: ignore[no-untyped-def]
+    return 2 * size_of(results[0].shape, sizes) * types[0].shape[-1]
+
+
+def _infer(x: TensorType, w: TensorType, *_: TensorType, **__: object) -> TensorType:
+    return TensorType(x.dtype, (*x.shape[:-1], w.shape[0]))
+
+
+@op("linear", "x, w, bias?", infer=_infer, flops=_flops)
+def linear(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+    """y = x w^T (+ bias). x [..., K], w [N, K], bias [N] -> [..., N]."""
+    return F.linear(x, w.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+@op("linear_add", "x, w, r", infer=_infer, flops=_flops)
+def linear_add(x: Tensor, w: Tensor, r: Tensor) -> Tensor:
+    """y = r + x w^T: a projection with the residual add as its epilogue. x [T, K], w [N, K], r [T, N]."""
+    return r + F.linear(x, w.to(x.dtype))
+
+
+@op("embedding", "ids, w", infer=lambda ids, w, **_: TensorType(w.dtype, (*ids.shape, w.shape[1])))
+def embedding(ids: Tensor, w: Tensor) -> Tensor:
+    """y[t] = w[ids[t]]. ids i32 [T], w [V, H] -> [T, H]."""
+    return w[ids.long()]
+
+
+@op("gather_rows", "x, rows", infer=lambda x, rows, **_: TensorType(x.dtype, (rows.shape[0], *x.shape[1:])))
+def gather_rows(x: Tensor, rows: Tensor) -> Tensor:
+    """y[i] = x[rows[i]]: the tokens whose logits are wanted. x [T, H], rows i32 [R] -> [R, H]."""
+    return x[rows.long()]

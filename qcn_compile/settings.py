@@ -1,0 +1,44 @@
+"""All environment variables of the project, typed, in one place. A bad value raises."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from qcn_compile.errors import UsageError
+
+
+def _integer(name: str, default: int, least: int) -> int:
+    text = os.environ.get(name)
+    if text is None or text == "":
+        return default
+    try:
+        value = int(text)
+    except ValueError:
+        raise UsageError(f"{name}={text!r}: not a whole number; unset it or give a number >= {least}") from None
+    if value < least:
+        raise UsageError(f"{name}={value}: must be >= {least}")
+    return value
+
+
+def threads() -> int:
+    """`QCN_THREADS`: CPU threads a served process uses. Default: the cores this process may run on."""
+    return _integer("QCN_THREADS", len(os.sched_getaffinity(0)), 1)
+
+
+def build_jobs() -> int:
+    """`QCN_BUILD_JOBS`: parallel workers of the compiler. Default: the cores this process may run on."""
+    return _integer("QCN_BUILD_JOBS", len(os.sched_getaffinity(0)), 1)
+
+
+def hub_cache() -> Path:
+    """`HF_HUB_CACHE` or `HF_HOME`/hub: where Hugging Face checkpoints are looked up."""
+    if cache := os.environ.get("HF_HUB_CACHE"):
+        return Path(cache)
+    home = os.environ.get("HF_HOME", os.path.join(os.path.expanduser("~"), ".cache", "huggingface"))
+    return Path(home) / "hub"
+
+
+def offline() -> bool:
+    """`HF_HUB_OFFLINE`: 1 forbids any download."""
+    return os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes")

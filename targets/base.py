@@ -1,0 +1,115 @@
+"""The contract between the compiler and a target: lowering ops to kernel calls, packing weights, emitting code."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from qcn_compile.ir.graph import Op
+from qcn_compile.ir.types import StateType, TensorType
+
+Param = int | float | str | bool
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Capacities of one plan: at most `tokens` tokens of `sequences` sequences, logits for at most `rows` of them."""
+
+    name: str
+    tokens: int
+    sequences: int
+    rows: int
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Values of the symbols T, S, R at capacity."""
+        return {"T": self.tokens, "S": self.sequences, "R": self.rows}
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How a weight is stored: f32, bf16, int8 or int4 (symmetric, one scale per `group` inputs), and the dtype of
+    the activations it is multiplied with (f32 or int8)."""
+
+    format: str = "f32"
+    group: int = 32
+    activations: str = "f32"
+
+
+@dataclass(frozen=True)
+class Operand:
+    """What a target may know about an operand: its type, the distance between rows in elements (views of a wider
+    buffer have one larger than their width), and, for a weight, its encoding."""
+
+    type: TensorType
+    stride: int = 0
+    encoding: Encoding | None = None
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel as data: its family and the parameters its source is a pure function of."""
+
+    family: str
+    params: tuple[tuple[str, Param], ...]
+
+    @staticmethod
+    def make(family: str, **params: Param) -> Kernel:
+        return Kernel(family, tuple(sorted(params.items())))
+
+    @property
+    def symbol(self) -> str:
+        """A readable C symbol, unique per family and parameters."""
+        parts = [f"{key}{value}".replace(".", "p").replace("-", "m").replace("+", "") for key, value in self.params]
+        return "_".join([self.family, *parts])
+
+
+@dataclass(frozen=True)
+class Ref:
+    """A kernel argument before memory is planned.
+
+    operand `index` | result `index` | scratch `name` of `bytes` | blob: weight operand `index`, packed as `layout`,
+    `part` of it | state: the cache named by attribute `name`, `part` (k, v or "") | input: runtime array `name`
+    """
+
+    kind: str
+    index: int = 0
+    name: str = ""
+    part: str = ""
+    layout: str = ""
+    bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Call:
+    """One launch: the kernel and its arguments in order."""
+
+    kernel: Kernel
+    args: tuple[Ref, ...]
+
+
+class Target(Protocol):
+    """A place where artifacts run."""
+
+    name: str
+
+    def lower(self, op: Op, operands: Sequence[Operand | None], results: Sequence[TensorType],
+              bucket: Bucket) -> list[Call]:
+        """The kernel calls that compute `op`. Raises LoweringError naming the op, its location and the cure."""
+        ...
+
+    def pack(self, layout: str, encoding: Encoding, weight: np.ndarray) -> dict[str, np.ndarray]:
+        """A float32 weight in the kernel's layout: part name -> 1-D array, a multiple of 64 bytes each."""
+        ...
+
+    def cache_unit(self, state: StateType, page_size: int) -> tuple[tuple[int, ...], int]:
+        """Shape and bytes of one KV page (keys and values together) or one state slot, as the kernels lay it out."""
+        ...
+
+    def emit(self, kernels: Sequence[Kernel], folder: Path) -> list[str]:
+        """Compile kernels into libraries under `folder`, sources beside them; returns the file names."""
+        ...
