@@ -1,0 +1,76 @@
+"""The interpreter: runs a graph through the references of the op table. The golden model of every pass and kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qcn_compile.errors import IRError
+from qcn_compile.ir import ops as _rows  # noqa: F401  (fills the table)
+from qcn_compile.ir.batch import Batch
+from qcn_compile.ir.graph import Graph, Op, Value
+from qcn_compile.ir.optable import row
+from qcn_compile.ir.text import format_op
+from qcn_compile.ir.types import BatchType
+from qcn_compile.ir.verify import plain_attrs
+
+Weights = Callable[[str], Tensor]
+
+
+def run_op(op: Op, operands: list[Any], weights: Weights | None = None) -> list[Any]:
+    """One op on real operands."""
+    if op.name == "weight":
+        if weights is None:
+            raise IRError(f"no weight source for {format_op(op)}")
+        return [weights(str(op.attrs["name"]))]
+    try:
+        out = row(op.name).reference(*operands, **plain_attrs(op.attrs))
+    except (RuntimeError, IndexError, TypeError, ValueError) as error:
+        raise IRError(f"{error}\n  while interpreting {format_op(op)}") from error
+    return list(out) if isinstance(out, tuple) else [out]
+
+
+@torch.no_grad()
+def run(graph: Graph, inputs: dict[str, Any], weights: Weights | None = None,
+        watch: Callable[[Op, list[Any]], None] | None = None) -> list[Any]:
+    """Outputs of the graph for named inputs (tensors; a `Batch` for the batch input).
+
+    `watch(op, results)` is called after each op. Values are freed after their last use.
+    """
+    env: dict[Value, Any] = {}
+    for value in graph.inputs:
+        if value.name not in inputs:
+            raise IRError(f"input %{value.name} of @{graph.name} was not given")
+        env[value] = inputs[value.name]
+    last = last_uses(graph)
+    for index, op in enumerate(graph.ops):
+        results = run_op(op, [None if v is None else env[v] for v in op.operands], weights)
+        if watch:
+            watch(op, results)
+        env.update(zip(op.results, results, strict=True))
+        for value in set(op.inputs) | set(op.results):
+            if last.get(value, index) <= index:
+                env.pop(value, None)
+    return [env[v] for v in graph.outputs]
+
+
+def last_uses(graph: Graph) -> dict[Value, int]:
+    """Index of the last op that reads each value; graph outputs live to the end."""
+    last = {value: index for index, op in enumerate(graph.ops) for value in op.inputs}
+    last.update({value: len(graph.ops) for value in graph.outputs})
+    return last
+
+
+def default_inputs(graph: Graph, tokens: list[list[int]]) -> dict[str, Any]:
+    """Inputs for fresh sequences of the given token ids; logits of every token wanted."""
+    flat = torch.tensor([t for seq in tokens for t in seq], dtype=torch.int32)
+    positions = torch.cat([torch.arange(len(seq), dtype=torch.int32) for seq in tokens])
+    values: dict[str, Any] = {"tokens": flat, "positions": positions,
+                              "rows": torch.arange(len(flat), dtype=torch.int32)}
+    for value in graph.inputs:
+        if isinstance(value.type, BatchType):
+            values[value.name] = Batch.fresh([len(seq) for seq in tokens])
+    return values
