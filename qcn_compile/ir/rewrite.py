@@ -118,24 +118,28 @@ Guard = Callable[[Match], str | None]
 
 @dataclass(frozen=True)
 class Rule:
-    """An equation `left => right`. `guard(match)` may refuse with a reason.
+    """An equation `left => right`.
 
-    `marker` names the op whose survival means that the rule did not fire where it could have.
+    guard(match): may refuse with a reason. derive(match): further `$words` for the right side, from shapes.
+    single: labels of inner values that must have no other reader. marker: the op whose survival means that the rule
+    did not fire where it could have.
     """
 
     name: str
     equation: str
     guard: Guard | None = None
+    derive: Callable[[Match], dict[str, Attr]] | None = None
+    single: tuple[str, ...] = ()
     marker: str = ""
 
     @property
     def sides(self) -> tuple[Any, Any]:
-        if self.name not in _PARSED:
+        if self.equation not in _PARSED:
             left, arrow, right = self.equation.partition("=>")
             if not arrow:
                 raise IRError(f"rule {self.name}: an equation needs '=>'")
-            _PARSED[self.name] = (_side(" ".join(left.split())), _side(" ".join(right.split())))
-        return _PARSED[self.name]
+            _PARSED[self.equation] = (_side(" ".join(left.split())), _side(" ".join(right.split())))
+        return _PARSED[self.equation]
 
 
 _PARSED: dict[str, tuple[Any, Any]] = {}
@@ -162,6 +166,8 @@ class Matcher:
         found = self._op(self.root, op, Match(), 0)
         if self.rule.guard and (reason := self.rule.guard(found)):
             raise NoMatch(len(found.inner) + 1, reason)
+        if self.rule.derive:
+            found.attrs.update(self.rule.derive(found))
         return found
 
     def _op(self, node: Node, op: Op, match: Match, depth: int) -> Match:
@@ -402,6 +408,7 @@ def rewrite(graph: Graph, rules: list[Rule]) -> list[Fired]:
                 continue
             try:
                 match = matcher.at(op)
+                _check_single(rewriter, rule, match)
             except NoMatch as error:
                 _remember(missed, rule, op, error)
                 continue
@@ -409,6 +416,14 @@ def rewrite(graph: Graph, rules: list[Rule]) -> list[Fired]:
             log.append(Fired(rule.name, str(op.loc), op.results[0].name))
     rewriter.finish()
     return log + _not_fired(graph, rules, missed)
+
+
+def _check_single(rewriter: Rewriter, rule: Rule, match: Match) -> None:
+    for label in rule.single:
+        value = match.values[label]
+        readers = [u for u in rewriter.users[value] if alive(rewriter, u)]
+        if len(readers) > 1 or value in rewriter.graph.outputs:
+            raise NoMatch(len(match.inner), f"%{value.name} has another reader, {readers[-1].name if readers else ''}")
 
 
 def alive(rewriter: Rewriter, op: Op) -> bool:

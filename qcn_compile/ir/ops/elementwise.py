@@ -112,7 +112,7 @@ def _topk(x: TensorType, *, k: int) -> tuple[TensorType, TensorType]:
 @op("topk", "x", k=int, infer=_topk)
 def topk(x: Tensor, *, k: int) -> tuple[Tensor, Tensor]:
     """The k largest of the last axis, descending, ties to the lower index: (values, indices)."""
-    order = torch.sort(x, -1, descending=True, stable=True)
+    order = torch.sort(x, dim=-1, descending=True, stable=True)
     return order.values[..., :k], order.indices[..., :k]
 
 

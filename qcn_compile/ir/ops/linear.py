@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from qcn_compile.ir.optable import op
+from qcn_compile.ir.optable import op, same
 from qcn_compile.ir.types import TensorType, size_of
 
 
@@ -18,7 +19,7 @@ def _infer(x: TensorType, w: TensorType, *_: TensorType, **__: object) -> Tensor
 
 
 @op("linear", "x, w, bias?", infer=_infer, flops=_flops)
-def linear(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+def linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     """y = x w^T (+ bias). x [..., K], w [N, K], bias [N] -> [..., N]."""
     return F.linear(x, w.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
@@ -39,3 +40,16 @@ def embedding(ids: Tensor, w: Tensor) -> Tensor:
 def gather_rows(x: Tensor, rows: Tensor) -> Tensor:
     """y[i] = x[rows[i]]: the tokens whose logits are wanted. x [T, H], rows i32 [R] -> [R, H]."""
     return x[rows.long()]
+
+
+@op("encode", "w", format=str, group=int, activations=str, infer=same())
+def encode(w: Tensor, *, format: str, group: int, activations: str) -> Tensor:  # noqa: A002
+    """The weight as it is stored: the values that remain after quantisation (f32, bf16, int8, int4; see `encoding`).
+
+    `activations` tells what kernels multiply it with (f32 or int8); it does not change the weight.
+    """
+    from qcn_compile.targets.base import Encoding
+    from qcn_compile.targets.encoding import encode as stored
+
+    values = stored(w.float().numpy(), Encoding(format, group, activations))
+    return torch.from_numpy(values).to(w.dtype)

@@ -59,7 +59,7 @@ def moe_route(logits: Tensor, *, top_k: int, normalize: bool, shared: bool) -> t
     scores = logits.float()
     routed = scores[:, :-1] if shared else scores
     p = torch.softmax(routed, -1)
-    order = torch.sort(p, -1, descending=True, stable=True)
+    order = torch.sort(p, dim=-1, descending=True, stable=True)
     ids, weights = order.indices[:, :top_k], order.values[:, :top_k]
     if normalize:
         weights = weights / weights.sum(-1, keepdim=True)

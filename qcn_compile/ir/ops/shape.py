@@ -103,8 +103,11 @@ def expand(x: Tensor, *, shape: tuple[Dim, ...]) -> Tensor:
     return x.expand([int(d) for d in shape])  # type: ignore[arg-type]
 
 
-@op("permute_rows", "x", order=tuple, flops=_free,
-    infer=lambda x, *, order: TensorType(x.dtype, (len(order), *x.shape[1:])))
-def permute_rows(x: Tensor, *, order: tuple[int, ...]) -> Tensor:
-    """y[i] = x[order[i]]: rows of a weight in the order a kernel wants them."""
-    return x[torch.tensor(order, dtype=torch.long)]
+def _taken(x: TensorType, *, runs: tuple[tuple[int, int], ...]) -> TensorType:
+    return TensorType(x.dtype, (sum(n for _, n in runs), *x.shape[1:]))
+
+
+@op("take_rows", "x", runs=tuple, flops=_free, infer=_taken)
+def take_rows(x: Tensor, *, runs: tuple[tuple[int, int], ...]) -> Tensor:
+    """Rows of a weight in the order a kernel wants them: for each (start, count) of `runs`, x[start:start+count]."""
+    return torch.cat([x[start:start + count] for start, count in runs])

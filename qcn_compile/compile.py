@@ -1,0 +1,243 @@
+"""The whole story, from a checkpoint to a sealed artifact."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from qcn_compile.artifact import SCHEMA, CacheSpec, Manifest, building, seal, write_json
+from qcn_compile.errors import ModelError, UsageError
+from qcn_compile.frontend import Traced, trace_model
+from qcn_compile.frontend.checkpoint import Located, locate
+from qcn_compile.ir.graph import Graph, count
+from qcn_compile.ir.text import print_graph
+from qcn_compile.ir.types import DType
+from qcn_compile.ir.verify import verify
+from qcn_compile.lowering.buckets import default_buckets
+from qcn_compile.lowering.decide import Decision, decide
+from qcn_compile.lowering.memory import lower_bound
+from qcn_compile.lowering.plan import blobs_of, make_plan
+from qcn_compile.lowering.schedule import Schedule, schedule
+from qcn_compile.lowering.weights import name_blobs, packed, write_shards
+from qcn_compile.passes.base import PassContext
+from qcn_compile.pipeline import Pipeline, Tracing
+from qcn_compile.targets.base import Kernel, Target
+from qcn_compile.targets.registry import load_target
+
+PAGE_SIZE = 32
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
+Report = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a build may be told. None or "auto" leaves the choice to the compiler."""
+
+    dtype: str | None = None
+    quant: str = "auto"
+    activations: str | None = None
+    context_length: int | None = None
+    mcpu: str | None = None
+    mtp: bool = False
+    force: bool = False
+    disabled: tuple[str, ...] = ()
+    tracing: Tracing = field(default_factory=Tracing)
+    pipeline: Pipeline | None = None
+
+
+@dataclass(frozen=True)
+class Built:
+    """What `compile` returns: where the artifact lies, what was decided, how long each stage took in seconds."""
+
+    path: Path
+    manifest: Manifest
+    decision: Decision
+    seconds: dict[str, float]
+    note: str
+
+
+class Clock:
+    """Seconds per stage, in order."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time one stage."""
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = round(time.perf_counter() - start, 3)
+
+
+def compile(model: str | Path | None = None, target: str = "cpu", output: str | Path = "build",  # noqa: A001
+            options: Options | None = None, report: Report | None = None, **changes: Any) -> Built:
+    """Build an artifact for `target` from a checkpoint directory, a Hugging Face name, or (None) the bundled model.
+
+    Keyword arguments are fields of `Options`. `report(stage, done, total)` is called as work proceeds.
+    Raises a QcnError whose message names the thing, the place and the cure; nothing half-written is left.
+    """
+    options = options or Options(**changes)
+    clock, tell = Clock(), report or (lambda stage, done, total: None)
+    chosen, located, traced, decision = _front(model, target, options, clock, tell)
+    context = PassContext(target=target)
+    with clock.stage("passes"):
+        graphs = [_optimise(graph, decision, context, options) for graph in _entries(traced, options.mtp)]
+    with clock.stage("schedule"):
+        schedules = [schedule(graph, bucket, chosen) for graph in graphs for bucket in default_buckets()]
+    with building(Path(output), options.force) as scratch:
+        manifest = _write(scratch, traced, chosen, decision, schedules, clock, tell)
+        _write_report(scratch, graphs, context, decision, schedules, options.tracing)
+        manifest = seal(scratch, manifest)
+    return Built(Path(output), manifest, decision, clock.seconds, located.note)
+
+
+def optimised(model: str | Path | None, target: str, options: Options) -> Graph:
+    """The main graph after the pipeline (or up to `options.tracing.stop_after`); nothing is built."""
+    _, _, traced, decision = _front(model, target, options, Clock(), lambda stage, done, total: None)
+    return _optimise(traced.main, decision, PassContext(target=target), options)
+
+
+def _front(model: str | Path | None, target: str, options: Options, clock: Clock,
+           tell: Report) -> tuple[Target, Located, Traced, Decision]:
+    """Target, checkpoint, traced graphs and decisions: everything before the passes."""
+    chosen = load_target(target, options.mcpu)
+    located = locate(None if model is None else str(model), chosen.kind)
+    with clock.stage("trace"):
+        tell("trace", 0, 1)
+        traced = trace_model(located, DType.f32)
+        tell("trace", 1, 1)
+    if traced.weights is None:
+        raise ModelError(f"{located.name}: {located.note or 'no weights found'}; "
+                         f"a {chosen.kind} build needs them: name a checkpoint directory with --model")
+    return chosen, located, traced, decide(traced, chosen, options.dtype, options.quant, options.activations,
+                                           options.context_length)
+
+
+def _entries(traced: Traced, mtp: bool) -> list[Graph]:
+    if mtp and traced.mtp is None:
+        raise UsageError("--mtp: this checkpoint has no MTP head (no mtp.* tensors); leave --mtp out")
+    return [traced.main, traced.mtp] if mtp and traced.mtp else [traced.main]
+
+
+def _optimise(graph: Graph, decision: Decision, context: PassContext, options: Options) -> Graph:
+    pipeline = options.pipeline or Pipeline.default(decision.base, decision.format, decision.activations)
+    for name in options.disabled:
+        pipeline.remove(name)
+    result = pipeline.run(graph, context, options.tracing)
+    verify(result)
+    return result
+
+
+def _write(build: Path, traced: Traced, target: Target, decision: Decision, schedules: Sequence[Schedule],
+           clock: Clock, tell: Report) -> Manifest:
+    """Kernels, weights, plans and tokenizer; returns the manifest, not yet sealed."""
+    assert traced.weights is not None
+    kernels = list(dict.fromkeys(step.call.kernel for s in schedules for step in s.steps))
+    names = name_blobs(dict.fromkeys(key for s in schedules for key in blobs_of(s)))
+    with clock.stage("kernels"):
+        libraries = target.emit(kernels, build / "kernels", lambda done, total: tell("kernels", done, total))
+    with clock.stage("weights"):
+        progress = lambda done, total: tell("weights", done, total)  # noqa: E731
+        files = write_shards(packed(names, traced.weights.get, target, progress), build / "weights")
+    plans = []
+    for item in schedules:
+        plan, _ = make_plan(item, names)
+        plans.append(f"plan/{plan.entry}-{plan.name}.json")
+        write_json(build / plans[-1], plan.to_json())
+    _copy_tokenizer(traced, build / "tokenizer")
+    return _manifest(traced, target, decision, schedules, plans, [f"kernels/{n}" for n in libraries],
+                     [f"weights/{n}" for n in files], kernels)
+
+
+def _manifest(traced: Traced, target: Target, decision: Decision, schedules: Sequence[Schedule], plans: list[str],
+              libraries: list[str], files: list[str], kernels: list[Kernel]) -> Manifest:
+    caches = {}
+    for item in schedules:
+        for name, state in item.graph.states.items():
+            shape, size = target.cache_unit(state, PAGE_SIZE)
+            caches[name] = CacheSpec(name, state.kind.value, state.dtype.value, shape, size)
+    logits = traced.main.outputs[0].tensor
+    return Manifest(
+        schema=SCHEMA, model={"name": traced.name, "config": traced.config},
+        target={"name": target.name, "kind": target.kind, **target.describe()},
+        decisions=decision.to_json(), caches=tuple(caches.values()), page_size=PAGE_SIZE,
+        context_length=decision.context_length, vocab_size=int(logits.shape[-1]),  # type: ignore[arg-type]
+        hidden_size=int(traced.main.outputs[1].tensor.shape[-1]),  # type: ignore[arg-type]
+        plans=tuple(plans), libraries=tuple(libraries), weights={"mode": "copied", "files": files},
+        tools=_versions(len(kernels)))
+
+
+def _versions(kernels: int) -> dict[str, str]:
+    table = {"kernels": str(kernels), "python": platform.python_version()}
+    for name in ("qcn-compile", "torch", "transformers", "apache-tvm"):
+        try:
+            table[name] = version(name)
+        except PackageNotFoundError:
+            table[name] = "not installed"
+    return table
+
+
+def _copy_tokenizer(traced: Traced, folder: Path) -> None:
+    folder.mkdir(parents=True)
+    if traced.path is None:
+        return
+    for name in TOKENIZER_FILES:
+        source = traced.path / name
+        if source.is_file():
+            shutil.copyfile(source, folder / name)
+        elif name == "tokenizer.json":
+            raise ModelError(f"{traced.path} has no tokenizer.json; save the tokenizer beside the weights")
+
+
+def _write_report(build: Path, graphs: Sequence[Graph], context: PassContext, decision: Decision,
+                  schedules: Sequence[Schedule], tracing: Tracing) -> None:
+    """report.json (what was decided and why; no times, so that builds are reproducible) and the final IR."""
+    (build / "ir").mkdir(exist_ok=True)
+    for graph in graphs:
+        (build / "ir" / f"{graph.name}.qir").write_text(print_graph(graph), encoding="utf-8")
+    memory = {}
+    for item in schedules:
+        plan, buffers = make_plan(item, _Any())
+        memory[f"{plan.entry}-{plan.name}"] = {"workspace_bytes": plan.workspace_bytes,
+                                               "lower_bound_bytes": lower_bound(buffers),
+                                               "launches": len(plan.launches), "buffers": len(buffers)}
+    events = [{"pass": name, **asdict(event)} for name, event in context.log]
+    write_json(build / "report.json", {"decision": decision.to_json(), "memory": memory, "events": events,
+                                       "ops": {g.name: count(g.ops) for g in graphs},
+                                       "passes": [[n, a, b] for n, _, a, b in tracing.times]})
+
+
+class _Any(dict):  # type: ignore[type-arg]
+    """A name table for plans that are only measured."""
+
+    def __missing__(self, key: object) -> str:
+        return "weight"
+
+
+def progress_bars(stream: Any = None) -> Report:
+    """A reporter that draws one tqdm bar per stage on a terminal and prints nothing elsewhere."""
+    from tqdm import tqdm
+
+    out = stream or sys.stderr
+    bars: dict[str, Any] = {}
+
+    def report(stage: str, done: int, total: int) -> None:
+        if not out.isatty():
+            return
+        if stage not in bars:
+            bars[stage] = tqdm(total=total, desc=stage, file=out, leave=True)
+        bars[stage].n = done
+        bars[stage].refresh()
+        if done >= total:
+            bars.pop(stage).close()
+
+    return report

@@ -1,0 +1,19 @@
+"""Shape buckets: the capacities for which a plan is made."""
+
+from __future__ import annotations
+
+from qcn_compile.errors import UsageError
+from qcn_compile.targets.base import Bucket
+
+DECODE = (1, 8)
+PREFILL = (64, 512)
+MAX_SEQUENCES = 256
+
+
+def default_buckets(decode: tuple[int, ...] = DECODE, prefill: tuple[int, ...] = PREFILL) -> list[Bucket]:
+    """Decode buckets (one token a sequence up to n sequences, or n tokens of fewer) and prefill chunks."""
+    sizes = [*decode, *prefill]
+    if any(n < 1 for n in sizes) or sizes != sorted(set(sizes)):
+        raise UsageError(f"bucket sizes {sizes} must rise and be positive")
+    return ([Bucket(f"decode-{n}", n, n, n) for n in decode]
+            + [Bucket(f"prefill-{n}", n, min(n, MAX_SEQUENCES), n) for n in prefill])

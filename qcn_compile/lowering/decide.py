@@ -1,0 +1,99 @@
+"""decide: weight format, activations and context length for a target, each with its reason."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass
+
+from qcn_compile.errors import UsageError
+from qcn_compile.frontend.traced import Traced
+from qcn_compile.ir.graph import Graph
+from qcn_compile.lowering.schedule import stored_fraction
+from qcn_compile.targets.base import Encoding, Target
+
+QUANTS = ("none", "int8", "int4")
+DTYPES = {"fp32": "f32", "bf16": "bf16"}
+SMALL = 256 << 20  # below this many bytes of bf16 weights, quantisation saves nothing a user would notice
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What was chosen, and why. Bytes count all weights of the main graph at the chosen format."""
+
+    base: str
+    format: str
+    activations: str
+    context_length: int
+    weight_bytes: int
+    reasons: dict[str, str]
+
+    def to_json(self) -> dict[str, object]:
+        return asdict(self)
+
+
+def decide(traced: Traced, target: Target, dtype: str | None, quant: str, activations: str | None,
+           context_length: int | None) -> Decision:
+    """Resolve the user's wishes. Raises UsageError naming what is impossible, with the number that breaks it."""
+    if dtype is not None and dtype not in DTYPES:
+        raise UsageError(f"--dtype {dtype}: choose fp32 or bf16")
+    reasons: dict[str, str] = {}
+    elements = _elements(traced.main)
+    base = DTYPES[dtype] if dtype else _base(traced, reasons)
+    if dtype:
+        reasons["dtype"] = "asked for with --dtype"
+    format_ = _format(quant, elements, target, reasons)
+    acts = _activations(activations, format_, reasons)
+    longest = int(traced.config.get("max_position_embeddings", 32768))
+    if context_length is not None and context_length > longest:
+        raise UsageError(f"--context-length {context_length}: the model was made for at most {longest} tokens; "
+                         f"ask for {longest} or less")
+    if context_length is not None and context_length < 1:
+        raise UsageError(f"--context-length {context_length}: must be at least 1")
+    reasons["context_length"] = "asked for" if context_length else "the model's own limit"
+    kept = base if format_ == "none" else format_
+    size = int(elements * 4 * stored_fraction(Encoding(kept)))
+    return Decision(base, format_, acts, context_length or longest, size, reasons)
+
+
+def _elements(graph: Graph) -> int:
+    total = 0
+    for op in graph.ops:
+        if op.name == "weight":
+            total += op.result.tensor.bytes() * 8 // op.result.tensor.dtype.bits
+    return total
+
+
+def _base(traced: Traced, reasons: dict[str, str]) -> str:
+    stored = str(traced.config.get("dtype") or traced.config.get("torch_dtype") or "float32")
+    base = "bf16" if "bfloat16" in stored else "f32"
+    reasons["dtype"] = f"the checkpoint is stored in {stored}"
+    return base
+
+
+def _format(quant: str, elements: int, target: Target, reasons: dict[str, str]) -> str:
+    if quant in QUANTS:
+        reasons["quant"] = "asked for with --quant"
+        return quant
+    if quant != "auto":
+        raise UsageError(f"--quant {quant}: the {target.name} target has none, int8, int4 or auto"
+                         + (" (fp8 is a GPU format)" if quant == "fp8" else ""))
+    if 2 * elements <= SMALL:
+        reasons["quant"] = f"{2 * elements / 1e6:.1f} MB in bf16 is small: nothing to gain from fewer bits"
+        return "none"
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    reasons["quant"] = (f"decode reads every active weight once a token, so bytes are time: "
+                        f"{elements * 4.5 / 8 / 1e9:.1f} GB at int4 against {elements * 2 / 1e9:.1f} GB in bf16 "
+                        f"(this machine has {memory / 1e9:.0f} GB)")
+    return "int4"
+
+
+def _activations(asked: str | None, format_: str, reasons: dict[str, str]) -> str:
+    if asked not in (None, "fp32", "int8"):
+        raise UsageError(f"--activations {asked}: choose fp32 or int8")
+    if asked == "int8" and format_ == "none":
+        raise UsageError("--activations int8 needs --quant int8 or int4: float weights take float activations")
+    if asked:
+        reasons["activations"] = "asked for with --activations"
+        return "int8" if asked == "int8" else "f32"
+    reasons["activations"] = "float weights" if format_ == "none" else "int8 products are twice as fast on this target"
+    return "f32" if format_ == "none" else "int8"

@@ -1,0 +1,91 @@
+"""From a schedule to the plan: every argument becomes a name or an offset."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from qcn_compile.artifact import Arg, Launch, Plan
+from qcn_compile.errors import LoweringError
+from qcn_compile.ir.graph import Graph, Op, Value
+from qcn_compile.ir.types import StateRef
+from qcn_compile.lowering.memory import Buffer, assign, liveness
+from qcn_compile.lowering.schedule import Schedule, encoding_of, row_width, work
+from qcn_compile.lowering.weights import BlobKey
+from qcn_compile.targets.base import Encoding, Ref
+
+OUTPUT_NAMES = ("logits", "hidden")
+
+
+def blobs_of(schedule: Schedule) -> dict[BlobKey, None]:
+    """The packed weights a schedule reads, in order of first use."""
+    keys: dict[BlobKey, None] = {}
+    for step in schedule.steps:
+        for ref in step.call.args:
+            if ref.kind == "blob":
+                keys[blob_key(step.op, ref)] = None
+    return keys
+
+
+def blob_key(op: Op, ref: Ref) -> BlobKey:
+    """The weight value, layout and encoding a blob argument asks for."""
+    value = op.operands[ref.index]
+    assert value is not None
+    encoding = encoding_of(value)
+    bare = value.op.inputs[0] if encoding is not None and value.op is not None else value
+    return BlobKey(bare, ref.layout, encoding or Encoding())
+
+
+def make_plan(schedule: Schedule, names: Mapping[BlobKey, str]) -> tuple[Plan, list[Buffer]]:
+    """The plan of one bucket, and the buffers behind its offsets (for the report)."""
+    buffers = liveness(schedule)
+    total = assign(buffers)
+    offsets = {buffer.key: buffer.offset for buffer in buffers}
+    launches, seen = [], None
+    for step in schedule.steps:
+        args = tuple(_argument(schedule, step.op, ref, offsets, names) for ref in step.call.args)
+        bytes_, flops = work(step.op, schedule.bucket) if step.op is not seen else (0, 0)
+        seen = step.op
+        launches.append(Launch(step.call.kernel.symbol, args, f"{step.op.name} %{step.op.results[0].name}",
+                               str(step.op.loc), bytes_, flops))
+    bucket = schedule.bucket
+    plan = Plan(schedule.graph.name, bucket.name, bucket.tokens, bucket.sequences, bucket.rows, total,
+                tuple(launches), _outputs(schedule.graph, schedule, offsets))
+    return plan, buffers
+
+
+def _argument(schedule: Schedule, op: Op, ref: Ref, offsets: Mapping[object, int],
+              names: Mapping[BlobKey, str]) -> Arg:
+    if ref.kind in ("operand", "result"):
+        value = op.operands[ref.index] if ref.kind == "operand" else op.results[ref.index]
+        assert value is not None
+        return _placed(schedule, value, offsets)
+    if ref.kind == "scratch":
+        return Arg("workspace", offset=offsets[id(op), ref.name])
+    if ref.kind == "blob":
+        return Arg("weight", f"{names[blob_key(op, ref)]}.{ref.part}")
+    if ref.kind == "state":
+        state = op.attrs.get(ref.name)
+        if not isinstance(state, StateRef):
+            raise LoweringError(f"{op.name} %{op.results[0].name}: attribute {ref.name!r} names no cache")
+        return Arg("state", state.name, part=ref.part)
+    if ref.kind == "input":
+        return Arg("input", ref.name)
+    raise LoweringError(f"{op.name}: argument kind {ref.kind!r} is unknown")
+
+
+def _placed(schedule: Schedule, value: Value, offsets: Mapping[object, int]) -> Arg:
+    view = schedule.views[value]
+    if view.base in schedule.graph.inputs:
+        return Arg("input", view.base.name)
+    return Arg("workspace", offset=offsets[view.base] + view.offset * view.base.tensor.dtype.bits // 8)
+
+
+def _outputs(graph: Graph, schedule: Schedule, offsets: Mapping[object, int]) -> dict[str, dict[str, object]]:
+    table = {}
+    for name, value in zip(OUTPUT_NAMES, graph.outputs, strict=False):
+        view = schedule.views[value]
+        if view.stride != row_width(value.tensor) or view.base in graph.inputs:
+            raise LoweringError(f"output {name} (%{value.name}) of @{graph.name} is a view; end the graph with an op")
+        table[name] = {"offset": offsets[view.base] + view.offset * 4, "dtype": value.tensor.dtype.value,
+                       "width": row_width(value.tensor)}
+    return table

@@ -1,0 +1,123 @@
+"""schedule: the ops of a graph as a flat list of kernel calls for one bucket; views and static values cost nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from qcn_compile.errors import LoweringError
+from qcn_compile.ir.graph import Graph, Op, Value
+from qcn_compile.ir.optable import row
+from qcn_compile.ir.text import format_op
+from qcn_compile.ir.types import BatchType, Sym, TensorType
+from qcn_compile.passes.canonicalize import static_values
+from qcn_compile.targets.base import Bucket, Call, Encoding, Operand, Target
+
+
+@dataclass(frozen=True)
+class View:
+    """Where a value lies: in the buffer of `base`, from element `offset` on, rows `stride` elements apart."""
+
+    base: Value
+    offset: int
+    stride: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """One kernel call together with the op it came from."""
+
+    op: Op
+    call: Call
+
+
+@dataclass
+class Schedule:
+    """Kernel calls in order, and where every value lies."""
+
+    graph: Graph
+    bucket: Bucket
+    steps: list[Step] = field(default_factory=list)
+    views: dict[Value, View] = field(default_factory=dict)
+    static: set[Value] = field(default_factory=set)
+
+
+def row_width(type_: TensorType) -> int:
+    """Elements of one row: the product of all sizes but the first."""
+    width = 1
+    for dim in type_.shape[1:]:
+        if isinstance(dim, Sym):
+            raise LoweringError(f"{type_}: only the first size may be symbolic")
+        width *= dim
+    return width
+
+
+def encoding_of(value: Value) -> Encoding | None:
+    """How a weight is stored, when it passed through `encode`."""
+    if value.op is None or value.op.name != "encode":
+        return None
+    attrs = value.op.attrs
+    return Encoding(str(attrs["format"]), int(attrs["group"]), str(attrs["activations"]))  # type: ignore[arg-type]
+
+
+def schedule(graph: Graph, bucket: Bucket, target: Target) -> Schedule:
+    """Lower every op that is neither a view nor static. Raises LoweringError naming the op, its place and the cure."""
+    result = Schedule(graph, bucket, static=static_values(graph))
+    for value in graph.inputs:
+        if isinstance(value.type, TensorType):
+            result.views[value] = View(value, 0, row_width(value.type))
+    for op in graph.ops:
+        if op.results[0] in result.static:
+            continue
+        if (view := _as_view(op, result.views)) is not None:
+            result.views[op.result] = view
+            continue
+        for value in op.results:
+            result.views[value] = View(value, 0, row_width(value.tensor))
+        operands = [_operand(v, result) for v in op.operands]
+        for call in target.lower(op, operands, [v.tensor for v in op.results], bucket):
+            result.steps.append(Step(op, call))
+    return result
+
+
+def _operand(value: Value | None, result: Schedule) -> Operand | None:
+    if value is None or isinstance(value.type, BatchType):
+        return None
+    if value in result.static:
+        return Operand(value.tensor, 0, encoding_of(value) or Encoding())
+    return Operand(value.tensor, result.views[value].stride)
+
+
+def _as_view(op: Op, views: dict[Value, View]) -> View | None:
+    """A reshape that keeps rows, or a slice of columns, of a value already placed."""
+    if op.name not in ("reshape", "slice"):
+        return None
+    source = op.inputs[0]
+    view, have, want = views[source], source.tensor, op.result.tensor
+    dense = view.stride == row_width(have)
+    if op.name == "reshape":
+        if have.shape[0] == want.shape[0] or dense:
+            return View(view.base, view.offset, view.stride if have.shape[0] == want.shape[0] else row_width(want))
+        raise LoweringError(f"a reshape of a strided view that changes its rows needs a copy: {format_op(op)}")
+    if op.attrs["axis"] != 1 or have.rank != 2:
+        raise LoweringError(f"only column slices of [rows, columns] are free: {format_op(op)}; "
+                            "run fold-layout before lowering")
+    return View(view.base, view.offset + int(op.attrs["start"]), view.stride)  # type: ignore[arg-type]
+
+
+def work(op: Op, bucket: Bucket) -> tuple[int, int]:
+    """(bytes, FLOPs) of an op at the bucket's capacity, weights at their stored width."""
+    cost = row(op.name).cost([v.type if v else None for v in op.operands], [v.type for v in op.results],
+                             {k: v for k, v in op.attrs.items()}, bucket.sizes)
+    bytes_ = cost.bytes
+    for value in op.inputs:
+        encoding = encoding_of(value)
+        if encoding is not None:
+            full = value.tensor.bytes()
+            bytes_ += int(stored_fraction(encoding) * full) - full
+    return bytes_, cost.flops
+
+
+def stored_fraction(encoding: Encoding) -> float:
+    """Stored bytes per fp32 byte, scales included."""
+    return {"f32": 1.0, "bf16": 0.5, "int8": (8 + 16 / encoding.group) / 32,
+            "int4": (4 + 16 / encoding.group) / 32}[encoding.format]

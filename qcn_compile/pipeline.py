@@ -1,0 +1,166 @@
+"""The compiler on one page: which passes run, in which order, and why."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from qcn_compile.errors import IRError, PassError, QcnError, UsageError
+from qcn_compile.ir.graph import Graph
+from qcn_compile.ir.text import parse_graph, print_graph
+from qcn_compile.ir.verify import verify
+from qcn_compile.passes.base import REGISTRY, Pass, PassContext
+from qcn_compile.passes.canonicalize import Canonicalize
+from qcn_compile.passes.fold_layout import FoldLayout
+from qcn_compile.passes.fuse_attention import FuseAttention
+from qcn_compile.passes.fuse_deltanet import FuseDeltaNet
+from qcn_compile.passes.fuse_epilogue import FuseEpilogue
+from qcn_compile.passes.fuse_moe import FuseMoE
+from qcn_compile.passes.fuse_norm import FuseNorm
+from qcn_compile.passes.merge_linears import MergeLinears
+from qcn_compile.passes.select_quantization import SelectQuantization
+from qcn_compile.passes.select_rows import SelectRows
+
+
+def default_passes(base: str = "f32", quant: str = "none", activations: str = "f32") -> list[Pass]:
+    """The standard order."""
+    return [
+        # 1. one spelling: no-ops gone, equal ops shared, weights first
+        Canonicalize(),
+        FoldLayout(),  # before fusion: fused ops take contiguous slices, not shuffles
+        Canonicalize(),
+        # 2. fuse what the mission names: norms first, the others contain them
+        FuseNorm(),
+        FuseAttention(),
+        FuseDeltaNet(),
+        FuseMoE(),
+        Canonicalize(),  # shares the rope tables that every attention layer made for itself
+        FuseEpilogue(),  # last of the fusions: a residual add belongs to whatever produces its operand by now
+        # 3. decide: rows before formats, so that the output projection is seen in its final place
+        SelectRows(),
+        SelectQuantization(base=base, format=quant, activations=activations),
+        MergeLinears(),  # after the formats: only weights stored alike can be one weight
+        Canonicalize(),
+    ]
+
+
+@dataclass
+class Tracing:
+    """What to show while passes run."""
+
+    verify: bool = False
+    print_after: tuple[str, ...] = ()
+    dump_dir: Path | None = None
+    stop_after: str = ""
+    times: list[tuple[str, float, int, int]] = field(default_factory=list)
+
+
+@dataclass
+class Pipeline:
+    """An ordered list of passes that a user may change."""
+
+    passes: list[Pass]
+
+    @staticmethod
+    def default(base: str = "f32", quant: str = "none", activations: str = "f32") -> Pipeline:
+        """The standard pipeline."""
+        return Pipeline(default_passes(base, quant, activations))
+
+    def _index(self, name: str) -> int:
+        for index, item in enumerate(self.passes):
+            if item.name == name:
+                return index
+        raise UsageError(f"no pass named {name!r} in the pipeline; it has {', '.join(p.name for p in self.passes)}")
+
+    def insert(self, item: Pass, after: str | None = None, before: str | None = None) -> Pipeline:
+        """Add a pass after (the last) or before (the first) of a name; at the end when neither is given."""
+        at = len(self.passes)
+        if before is not None:
+            at = self._index(before)
+        elif after is not None:
+            at = len(self.passes) - [p.name for p in reversed(self.passes)].index(self.passes[self._index(after)].name)
+        self.passes.insert(at, item)
+        return self
+
+    def remove(self, name: str) -> Pipeline:
+        """Drop every pass of that name."""
+        self._index(name)
+        self.passes = [p for p in self.passes if p.name != name]
+        return self
+
+    def replace(self, name: str, **options: object) -> Pipeline:
+        """Change options of the passes of a name."""
+        self._index(name)
+        self.passes = [replace(p, **options) if p.name == name else p for p in self.passes]  # type: ignore[arg-type]
+        return self
+
+    def check_order(self) -> None:
+        """Raise PassError when a pass runs before one it needs to follow."""
+        names = [p.name for p in self.passes]
+        for index, item in enumerate(self.passes):
+            late = [need for need in item.after if need in names and need not in names[:index]]
+            if late:
+                raise PassError(f"pass {item.name} must run after {', '.join(late)}; reorder the pipeline")
+
+    def run(self, graph: Graph, context: PassContext, tracing: Tracing | None = None) -> Graph:
+        """All passes in order, on a copy of the graph."""
+        tracing = tracing or Tracing()
+        self.check_order()
+        graph = graph.clone()
+        for index, item in enumerate(self.passes):
+            graph = _run_one(item, index, graph, context, tracing)
+            if item.name == tracing.stop_after:
+                break
+        return graph
+
+
+def _run_one(item: Pass, index: int, graph: Graph, context: PassContext, tracing: Tracing) -> Graph:
+    before, started = len(graph.ops), time.perf_counter()
+    saved = print_graph(graph) if tracing.verify or tracing.dump_dir else ""
+    try:
+        graph = item.run(graph, context)
+        if tracing.verify:
+            verify(graph)
+    except (QcnError, KeyError, AssertionError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise _with_repro(item, index, saved, tracing, error) from error
+    tracing.times.append((item.name, time.perf_counter() - started, before, len(graph.ops)))
+    if tracing.dump_dir:
+        tracing.dump_dir.mkdir(parents=True, exist_ok=True)
+        name = f"{graph.name}-{index + 1:02d}-{item.name}.qir"
+        (tracing.dump_dir / name).write_text(print_graph(graph), encoding="utf-8")
+    if item.name in tracing.print_after or "all" in tracing.print_after:
+        print(f"// after {item.name}\n{print_graph(graph)}", flush=True)
+    return graph
+
+
+def _with_repro(item: Pass, index: int, saved: str, tracing: Tracing, error: Exception) -> PassError:
+    """A failing pass leaves its input and the command that repeats the failure."""
+    if not saved:
+        return PassError(f"pass {item.name} failed: {type(error).__name__}: {error}\n"
+                         "  run again with --verify or --dump-dir DIR to keep its input")
+    folder = tracing.dump_dir or Path.cwd()
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"failed-{index + 1:02d}-{item.name}.qir"
+    path.write_text(saved, encoding="utf-8")
+    return PassError(f"pass {item.name} failed: {type(error).__name__}: {error}\n  its input is {path}\n"
+                     f"  repeat with: python -m qcn_compile.opt {path} -p {item.name}")
+
+
+def passes_by_name(names: Iterable[str]) -> Iterator[Pass]:
+    """Passes with default options, by name. Raises UsageError listing the known names."""
+    for name in names:
+        if name not in REGISTRY:
+            raise UsageError(f"no pass named {name!r}; known: {', '.join(sorted(REGISTRY))}")
+        yield REGISTRY[name]()
+
+
+def run_text(text: str, names: Iterable[str], context: PassContext | None = None) -> Graph:
+    """Parse `.qir`, run passes by name with verification, return the graph: what text tests call."""
+    graph = parse_graph(text)
+    try:
+        verify(graph)
+    except IRError as error:
+        raise IRError(f"the input does not verify: {error}") from None
+    return Pipeline(list(passes_by_name(names))).run(graph, context or PassContext(), Tracing(verify=True))
