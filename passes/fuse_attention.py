@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from qcn_compile.ir.graph import Graph
+from qcn_compile.ir.graph import Attr, Graph
 from qcn_compile.ir.rewrite import Match, Rule, rewrite
 from qcn_compile.passes.base import PassContext, RulePass, register_pass
-from qcn_compile.passes.canonicalize import cancel_transposes
+from qcn_compile.passes.canonicalize import cancel_transposes, share_equal
 
 # transformers turns [T, heads, D] into [heads, T, D] before it rotates; halves are paired (GPT-NeoX order)
 _X = "transpose(x){a=0,b=1}"
@@ -16,10 +16,10 @@ _TURN = ("concat(neg(slice(transpose(x){a=0,b=1}){axis=last,start=$half,stop=$ro
          "slice(transpose(x){a=0,b=1}){axis=last,start=0,stop=$half}){axis=last}")
 _HEAD = "slice(transpose(x){a=0,b=1}){axis=last,start=0,stop=$rotary}"
 _TAIL = "slice(transpose(x){a=0,b=1}){axis=last,start=$rotary,stop=$dim}"
-_COS = "view?(cast?(mul_scalar(cos(concat(f, f){axis=1})){value=$scaling}))"
-_SIN = "view?(cast?(mul_scalar(sin(concat(f, f){axis=1})){value=$scaling}))"
-_ANGLE = "where f = mul(view?(cast?(positions)), view?(inv_freq))"
-_ROPE = ("=> transpose(rope(x, t.0, t.1)){a=0,b=1} where t = rope_table(positions, inv_freq){scaling=$scaling}")
+_TABLE = {True: "view?(cast?(mul_scalar(%s(concat(f, f){axis=1})){value=$scaling}))",
+          False: "view?(cast?(%s(concat(f, f){axis=1})))"}
+_ANGLE = "where f = mul(view?(cast?(view?(positions))), view?(inv_freq))"
+_ROPE = "=> transpose(rope(x, t.0, t.1)){a=0,b=1} where t = rope_table(positions, inv_freq){scaling=$scaling}"
 
 
 def _halves(match: Match) -> str | None:
@@ -29,12 +29,21 @@ def _halves(match: Match) -> str | None:
     return f"halves of {half} do not make {rotary} rotary dims"
 
 
-ROPE = [
-    Rule("rope of the first dims", f"concat(add(mul({_HEAD}, {_COS}), mul({_TURN}, {_SIN})), {_TAIL}){{axis=last}} "
-         f"{_ANGLE} {_ROPE}", guard=_halves),
-    Rule("rope of all dims", f"add(mul({_X}, {_COS}), mul({_TURN}, {_SIN})) {_ANGLE} {_ROPE}", guard=_halves,
-         marker="neg"),
-]
+def _unscaled(match: Match) -> dict[str, Attr]:
+    return {"scaling": 1.0}
+
+
+def _rope_rule(partial: bool, scaled: bool) -> Rule:
+    """Rotation of the first dims or of all; `scaled` tables carry YaRN's factor."""
+    cos, sin = _TABLE[scaled] % "cos", _TABLE[scaled] % "sin"
+    left = f"add(mul({_HEAD if partial else _X}, {cos}), mul({_TURN}, {sin}))"
+    if partial:
+        left = f"concat({left}, {_TAIL}){{axis=last}}"
+    name = f"rope of {'the first' if partial else 'all'} dims{', scaled' if scaled else ''}"
+    return Rule(name, f"{left} {_ANGLE} {_ROPE}", guard=_halves, derive=None if scaled else _unscaled)
+
+
+ROPE = [_rope_rule(partial, scaled) for partial in (True, False) for scaled in (True, False)]
 
 _NORMED = ("rope(rms_norm(q, qw){eps=$eps}, cos, sin), rope(rms_norm(k, kw){eps=$eps}, cos, sin)")
 _ATTEND = "attention(%s, v, batch){scale=$scale,causal=true,state=$state}"
@@ -78,4 +87,5 @@ class FuseAttention(RulePass):
         """Rotary embedding first; transposes it leaves in pairs vanish; then attention around it."""
         context.note(self.name, rewrite(graph, ROPE))
         cancel_transposes(graph)
+        share_equal(graph)  # every layer made the same tables
         return super().run(graph, context)

@@ -22,6 +22,7 @@ from qcn_compile.ir.optable import row
 from qcn_compile.ir.text import _Attrs
 from qcn_compile.ir.verify import infer
 
+KEEPS_NAME = {"linear", "slice", "reshape", "take_rows", "concat", "encode", "cast"}
 SKIPPED = {"cast?": ("cast",), "view?": ("reshape",)}
 
 
@@ -276,12 +277,18 @@ class Rewriter:
         self.names = {v.name for v in graph.inputs} | {v.name for op in graph.ops for v in op.results}
         self.fresh = 0
 
-    def name(self, hint: str) -> str:
-        """A value name not used yet."""
-        stem = re.sub(r"_r\d+$", "", hint)
+    def name(self, op_name: str, hint: str) -> str:
+        """A value name not used yet: views and weights keep the name they stand for, other ops bring their own."""
+        stem = re.sub(r"_\d+$", "", hint)
+        if op_name not in KEEPS_NAME:
+            prefix, dot, _ = hint.rpartition(".") if re.match(r"L\d+\.", hint) else ("", "", "")
+            stem = f"{prefix}{dot}{op_name}"
+        if stem not in self.names:
+            self.names.add(stem)
+            return stem
         while True:
             self.fresh += 1
-            if (candidate := f"{stem}_r{self.fresh}") not in self.names:
+            if (candidate := f"{stem}_{self.fresh}") not in self.names:
                 self.names.add(candidate)
                 return candidate
 
@@ -289,7 +296,7 @@ class Rewriter:
              hint: str = "v") -> Op:
         """A new op, placed right after the last of its operands."""
         op = Op(op_name, operands, [], attrs, loc)
-        op.results = [Value(self.name(hint), t, op) for t in infer(op_name, operands, attrs)]
+        op.results = [Value(self.name(op_name, hint), t, op) for t in infer(op_name, operands, attrs)]
         for value in dict.fromkeys(op.inputs):
             self.users.setdefault(value, []).append(op)
         for value in op.results:
@@ -348,30 +355,37 @@ class Rewriter:
             old = match.values[label] if label else root.results[0]
             new_root = fresh.op if not label else new_root
             self.replace(old, fresh)
+        self.prune(root, set(effects))
         for op in effects:
-            self.drop(op)
+            if op in self.place:
+                raise IRError(f"rule {rule.name}: {op.name} %{op.results[0].name} is still read after the rewrite")
         assert new_root is not None
         return new_root
 
-    def drop(self, op: Op) -> None:
-        """Erase an op with effects whose results nobody needs any more."""
-        live = [v for v in op.results if self._live(v)]
-        if live:
-            raise IRError(f"%{live[0].name} of {op.name} is still read after the rewrite that absorbed it")
-        self.place.pop(op, None)
-        self.graph.ops.remove(op)
-        for value in op.inputs:
-            self.users[value] = [u for u in self.users[value] if u is not op]
+    def ordered(self, name: str | None) -> list[Op]:
+        """The ops of a name, in order."""
+        return sorted((op for op in self.place if op.name == name), key=lambda op: self.place[op])
 
-    def _live(self, value: Value) -> bool:
-        """Whether an output or an op that matters still depends on the value."""
-        if value in self.graph.outputs:
-            return True
-        return any(row(u.name).effects or any(self._live(r) for r in u.results) for u in self.users.get(value, []))
+    def prune(self, op: Op, absorbed: set[Op]) -> None:
+        """Erase an op that nothing reads, then its producers that nothing reads any more.
+
+        Ops with effects go only when a rewrite `absorbed` them.
+        """
+        work = [op]
+        while work:
+            at = work.pop()
+            kept = bool(row(at.name).effects) and at not in absorbed
+            if kept or at not in self.place or any(self.users.get(v) or v in self.graph.outputs for v in at.results):
+                continue
+            del self.place[at]
+            for value in dict.fromkeys(at.inputs):
+                self.users[value] = [u for u in self.users[value] if u is not at]
+                if value.op is not None:
+                    work.append(value.op)
 
     def finish(self) -> Graph:
         """Order restored, dead pure ops removed."""
-        self.graph.ops.sort(key=lambda op: self.place[op])
+        self.graph.ops = sorted(self.place, key=lambda op: self.place[op])
         return remove_dead(self.graph)
 
 
@@ -403,8 +417,8 @@ def rewrite(graph: Graph, rules: list[Rule]) -> list[Fired]:
     missed: dict[tuple[str, Op], NoMatch] = {}
     for rule in rules:
         matcher = Matcher(rule)
-        for op in sorted(graph.ops, key=lambda o: rewriter.place[o]):
-            if op.name != matcher.root.op or op not in rewriter.place or not alive(rewriter, op):
+        for op in rewriter.ordered(matcher.root.op):
+            if op not in rewriter.place:  # absorbed by a match just before
                 continue
             try:
                 match = matcher.at(op)
@@ -421,15 +435,9 @@ def rewrite(graph: Graph, rules: list[Rule]) -> list[Fired]:
 def _check_single(rewriter: Rewriter, rule: Rule, match: Match) -> None:
     for label in rule.single:
         value = match.values[label]
-        readers = [u for u in rewriter.users[value] if alive(rewriter, u)]
+        readers = rewriter.users[value]
         if len(readers) > 1 or value in rewriter.graph.outputs:
             raise NoMatch(len(match.inner), f"%{value.name} has another reader, {readers[-1].name if readers else ''}")
-
-
-def alive(rewriter: Rewriter, op: Op) -> bool:
-    """Whether anything still reads the op."""
-    return bool(row(op.name).effects) or any(
-        rewriter.users.get(v) or v in rewriter.graph.outputs for v in op.results)
 
 
 def _remember(missed: dict[tuple[str, Op], NoMatch], rule: Rule, root: Op, error: NoMatch) -> None:
