@@ -18,7 +18,7 @@ _RULE = ("rule:gated_delta_rule("
          "k:reshape(slice(mixed){axis=last,start=$k0,stop=$v0}){shape=$ks}, "
          "v:reshape(slice(mixed){axis=last,start=$v0,stop=$end}){shape=$vs}, "
          f"{_GATE}, sigmoid(b), batch){{qk_l2norm=true,state=$delta}}")
-_CONV = "mixed = causal_conv1d(qkv, view?(conv_w), none, batch){activation=\"silu\",state=$conv}"
+_CONV = "mixed = causal_conv1d(qkv, conv_w, none, batch){activation=\"silu\",state=$conv}"
 _NET = ("delta_net(qkv, z, b, a, conv_w, decay, dt_bias, norm_w, batch){key_heads=$key_heads,"
         "value_heads=$value_heads,key_dim=$key_dim,value_dim=$value_dim,eps=$eps,conv=$conv,delta=$delta}")
 
