@@ -1,0 +1,128 @@
+"""`qcn-run`: stream an answer, chat, or (later) serve an artifact made by qcn-compile."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from qcn_compile.errors import QcnError, UsageError
+
+if TYPE_CHECKING:
+    from qcn_compile.runtime.loaded import Model
+    from qcn_compile.runtime.request import SamplingParams
+
+PROMPT_TOKENS, CHAT_TOKENS = 512, 4096
+INTERRUPTED = 128 + signal.SIGINT
+BROKEN_PIPE = 128 + signal.SIGPIPE
+EXAMPLES = """examples:
+  qcn-run build/ --prompt "def fib(n):"
+  qcn-run build/ --prompt - --temperature 0 < prompt.txt
+  qcn-run build/ --chat
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """One line per mistake, instead of the whole usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; see {self.prog} --help")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line. Sampling defaults are the model's own, from its generation_config.json."""
+    p = _Parser("qcn-run", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
+                allow_abbrev=False)
+    p.add_argument("build", type=Path, help="folder written by qcn-compile")
+    mode = p.add_argument_group("what to do (one of)").add_mutually_exclusive_group(required=True)
+    mode.add_argument("--prompt", metavar="TEXT", help="continue this text; - reads it from stdin")
+    mode.add_argument("--chat", action="store_true", help="chat line by line; /clear forgets, /exit leaves")
+    mode.add_argument("--port", type=int, metavar="N", help="serve the OpenAI API (not built yet)")
+    s = p.add_argument_group("sampling (default: the model's generation_config.json)")
+    s.add_argument("--max-tokens", type=int, metavar="N",
+                   help=f"most new tokens (default {PROMPT_TOKENS}, with --chat {CHAT_TOKENS})")
+    s.add_argument("--temperature", type=float, metavar="X", help="0 is greedy")
+    s.add_argument("--top-k", type=int, metavar="N", help="the N likeliest tokens only; 0 is all")
+    s.add_argument("--top-p", type=float, metavar="X", help="the likeliest tokens that hold this much probability")
+    s.add_argument("--min-p", type=float, metavar="X", help="tokens at least this likely relative to the likeliest")
+    s.add_argument("--repetition-penalty", type=float, metavar="X")
+    s.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same text")
+    s.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated")
+    m = p.add_argument_group("machine")
+    m.add_argument("--threads", type=int, metavar="N", help="default: QCN_THREADS, or all cores of this process")
+    m.add_argument("--context-length", type=int, metavar="N", help="tokens a sequence may have (default: the build's)")
+    m.add_argument("--max-running-requests", type=int, default=4, metavar="N")
+    m.add_argument("--cache-memory", type=float, metavar="GB", help="most memory for KV pages and states")
+    m.add_argument("--prefill-chunk", type=int, metavar="N", help="most prompt tokens a step")
+    m.add_argument("--huge-pages", action="store_true", help="copy weights to huge pages: later start, faster tokens")
+    o = p.add_argument_group("output")
+    o.add_argument("--json", action="store_true", help="one JSON object a line: every piece, then usage and timing")
+    o.add_argument("--profile", action="store_true", help="time of every kernel, on stderr")
+    o.add_argument("--verify", action="store_true", help="hash every file of the build first")
+    o.add_argument("--verbose", action="store_true", help="say what was loaded and what it costs")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point. Returns the exit code: 0, the error's own, 130 for Ctrl-C, 141 when the reader went away."""
+    started = time.perf_counter()
+    try:
+        return _run(parser().parse_args(argv), started)
+    except QcnError as error:
+        print(f"qcn-run: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("\nqcn-run: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the flush at exit must not fail again
+        return BROKEN_PIPE
+
+
+def _run(arguments: argparse.Namespace, started: float) -> int:
+    if arguments.port is not None:
+        raise UsageError("not built yet: the HTTP server of --port; use --prompt or --chat, "
+                         "or qcn_compile.load(build) from Python")
+    from qcn_compile.runtime.loaded import load
+    from qcn_compile.runtime.profile import Profile
+    from qcn_compile.runtime.progress import Progress
+    from qcn_compile.runtime.terminal import chat, complete
+
+    memory = arguments.cache_memory
+    with Progress() as progress:
+        model = load(arguments.build, context_length=arguments.context_length, threads=arguments.threads,
+                     max_running_requests=arguments.max_running_requests, prefill_chunk=arguments.prefill_chunk,
+                     cache_memory=None if memory is None else int(memory * 1e9), huge_pages=arguments.huge_pages,
+                     verify=arguments.verify, report=progress.report)
+    with model:
+        params = _sampling(model, arguments)
+        model.load_seconds = time.perf_counter() - started
+        if arguments.verbose:
+            print(f"{arguments.build}: {model.describe()}", file=sys.stderr)
+        if arguments.profile:
+            model.executable.profile = Profile()
+        if arguments.chat:
+            chat(model, params, arguments.json)
+        else:
+            prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
+            complete(model, prompt, params, arguments.json)
+        if model.executable.profile:
+            print("\n".join(model.executable.profile.lines()), file=sys.stderr)
+    return 0
+
+
+def _sampling(model: Model, arguments: argparse.Namespace) -> SamplingParams:
+    usual = CHAT_TOKENS if arguments.chat else PROMPT_TOKENS
+    limit = usual if arguments.max_tokens is None else arguments.max_tokens
+    return model.sampling(max_tokens=limit, temperature=arguments.temperature, top_k=arguments.top_k,
+                          top_p=arguments.top_p, min_p=arguments.min_p, seed=arguments.seed,
+                          repetition_penalty=arguments.repetition_penalty, stop=tuple(arguments.stop))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

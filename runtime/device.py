@@ -1,0 +1,157 @@
+"""The CPU as a device: host library and its thread pool, kernel symbols, aligned memory, one call a step."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qcn_compile.errors import ArtifactError, CapacityError, DeviceError, UsageError
+
+HUGE_PAGE = 2 << 20
+POINTER = 4  # QcnAny.type_index of a pointer
+ANY = np.dtype([("type_index", "<i4"), ("padding", "<i4"), ("pointer", "<u8")])
+LAUNCH = np.dtype([("function", "<u8"), ("args", "<u8"), ("n_args", "<i4"), ("reserved", "<i4")])
+_NO_RESERVE = 0x4000  # MAP_NORESERVE of Linux: caches are reserved whole and touched as they fill
+
+
+def allocate(nbytes: int) -> np.ndarray:
+    """Zeroed private memory, u8 [nbytes], 64-byte aligned; on 2 MiB boundaries with huge pages asked for when large.
+
+    Nothing is touched, so it costs address space only. Raises CapacityError when the system refuses.
+    """
+    size = max(nbytes, 64)
+    slack = HUGE_PAGE if size >= HUGE_PAGE else 0
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NO_RESERVE
+    try:
+        memory = mmap.mmap(-1, size + slack, flags=flags)
+    except (OSError, OverflowError) as error:
+        raise CapacityError(f"cannot reserve {size / 1e9:.2f} GB of memory ({error}); "
+                            "use a smaller --context-length or --max-running-requests") from None
+    if slack:
+        _ask_for_huge_pages(memory)
+    whole = np.frombuffer(memory, np.uint8)
+    start = -whole.ctypes.data % HUGE_PAGE if slack else 0
+    return whole[start:start + nbytes]
+
+
+def _ask_for_huge_pages(memory: mmap.mmap) -> None:
+    with suppress(OSError):  # a kernel without transparent huge pages: slower, not wrong
+        memory.madvise(mmap.MADV_HUGEPAGE)
+
+
+def address(array: np.ndarray) -> int:
+    """Where an array's data starts."""
+    return int(array.ctypes.data)
+
+
+class HostLibrary:
+    """`libqcnhost.so`: loads kernel libraries and runs launch tables on its thread pool."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self._library = library = ctypes.CDLL(str(path))
+        except OSError as error:
+            raise ArtifactError(f"cannot load {path}: {error}; it was built for another system: "
+                                "build again with qcn-compile for this machine") from None
+        pointer, integer, text = ctypes.c_void_p, ctypes.c_int, ctypes.c_char_p
+        try:
+            self._init = self._bind(library.qcn_host_init, integer, integer, integer)
+            self._shutdown = self._bind(library.qcn_host_shutdown, None)
+            self._load = self._bind(library.qcn_host_load, pointer, text)
+            self._symbol = self._bind(library.qcn_host_symbol, pointer, pointer, text)
+            self.run = self._bind(library.qcn_host_run, integer, pointer, integer, pointer)
+            self._error = self._bind(library.qcn_host_error, text)
+        except AttributeError as error:
+            raise ArtifactError(f"{path} is no host library of this version: {error}; build again") from None
+
+    @staticmethod
+    def _bind(function: Any, result: Any, *arguments: Any) -> Any:
+        function.restype, function.argtypes = result, list(arguments)
+        return function
+
+    def error(self) -> str:
+        """The library's last message."""
+        return (self._error() or b"no reason given").decode("utf-8", "replace")
+
+    def start(self, threads: int, pin: bool) -> None:
+        if self._init(threads, int(pin)) != 0:
+            raise DeviceError(f"the thread pool of {threads} threads did not start: {self.error()}")
+
+    def stop(self) -> None:
+        self._shutdown()
+
+    def load(self, path: Path) -> int:
+        handle = self._load(str(path).encode())
+        if not handle:
+            raise ArtifactError(f"cannot load {path}: {self.error()}; it was built for another system: "
+                                "build again with qcn-compile for this machine")
+        return int(handle)
+
+    def symbol(self, library: int, name: str) -> int:
+        """Address of a kernel, 0 when the library has none of that name."""
+        return int(self._symbol(library, name.encode()) or 0)
+
+
+_pools: dict[tuple[int, int], list[int]] = {}  # (device, inode) of a host library -> [users, threads]: dlopen shares it
+
+
+class CpuDevice:
+    """The libraries of one build, loaded. Host library first, then kernels; the thread pool is shared per library.
+
+    Raises ArtifactError for libraries that do not load, UsageError when the pool runs with other threads already.
+    """
+
+    def __init__(self, build: Path, libraries: Sequence[str], threads: int, pin: bool = False) -> None:
+        if not libraries:
+            raise ArtifactError(f"{build} lists no libraries: it was built for the null target, which runs nothing")
+        self.threads = threads
+        self._host = HostLibrary((build / libraries[0]).resolve())
+        status = os.stat(build / libraries[0])
+        self._key = (status.st_dev, status.st_ino)
+        users = _pools.get(self._key)
+        if users is None:
+            self._host.start(threads, pin)
+            users = _pools[self._key] = [0, threads]
+        elif users[1] != threads:
+            raise UsageError(f"{build} is open in this process with {users[1]} threads; close it or ask for as many")
+        users[0] += 1
+        self._open = True
+        try:
+            self._kernels = [self._host.load((build / name).resolve()) for name in libraries[1:]]
+        except ArtifactError:
+            self.close()
+            raise
+
+    def symbol(self, name: str) -> int:
+        """Address of a kernel in any of the libraries. Raises ArtifactError when none has it."""
+        for library in self._kernels:
+            if found := self._host.symbol(library, name):
+                return found
+        raise ArtifactError(f"no library of the build has the kernel {name}; build again with qcn-compile")
+
+    def run(self, table: np.ndarray, seconds: np.ndarray | None = None) -> int:
+        """Run a LAUNCH table. Returns the index of the launch that failed, or -1. seconds: f64 [launches] out."""
+        if not self._open:
+            raise UsageError("the model is closed; load it again")
+        return int(self._host.run(address(table), len(table), None if seconds is None else address(seconds))) - 1
+
+    def error(self) -> str:
+        return self._host.error()
+
+    def close(self) -> None:
+        """Stop the pool when its last user leaves. Calling twice is fine."""
+        if not self._open:
+            return
+        self._open = False
+        users = _pools[self._key]
+        users[0] -= 1
+        if users[0] == 0:
+            del _pools[self._key]
+            self._host.stop()

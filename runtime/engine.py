@@ -1,0 +1,215 @@
+"""The loop's owner: requests in, steps over the executable, pieces of text out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from operator import index
+from typing import Protocol
+
+import numpy as np
+
+from qcn_compile.errors import CapacityError, UsageError
+from qcn_compile.runtime.batch import Capacity, Span
+from qcn_compile.runtime.detokenize import Detokenizer
+from qcn_compile.runtime.kv_cache import PageAllocator
+from qcn_compile.runtime.request import FinishReason, Request, SamplingParams
+from qcn_compile.runtime.sampler import Sample, Sampler
+from qcn_compile.runtime.scheduler import Chunk, Scheduler, SchedulerLimits
+from qcn_compile.runtime.state_slots import SlotAllocator
+
+
+class Runner(Protocol):
+    """What computes a step: the executable, or a stand-in in tests."""
+
+    @property
+    def capacities(self) -> Sequence[Capacity]: ...
+
+    def run(self, spans: Sequence[Span]) -> np.ndarray:
+        """Logits of the wanted rows, f32 [R, vocab], valid until the next call."""
+        ...
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Sizes of the model and its caches, and the tokens that end a text. `prefill_chunk` None: the largest plan's."""
+
+    vocab_size: int
+    page_size: int
+    context_length: int
+    pages: int
+    slots: int
+    eos_token_ids: frozenset[int] = frozenset()
+    prefill_chunk: int | None = None
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one request: from arrival to its first token, and from there to its last one."""
+
+    prompt_tokens: int
+    new_tokens: int
+    first_token: float
+    decode: float
+
+    @property
+    def prefill_rate(self) -> float:
+        """Prompt tokens per second until the first token."""
+        return self.prompt_tokens / self.first_token if self.first_token else 0.0
+
+    @property
+    def decode_rate(self) -> float:
+        """Tokens per second after the first one; 0 when there was no second."""
+        return (self.new_tokens - 1) / self.decode if self.new_tokens > 1 and self.decode else 0.0
+
+
+@dataclass(frozen=True)
+class Output:
+    """What one step added to a request. The last one has a finish reason and the timing."""
+
+    request_id: str
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason | None = None
+    samples: tuple[Sample, ...] = ()
+    timing: Timing | None = None
+
+
+@dataclass
+class _Live:
+    """A request with what turns its logits into text."""
+
+    request: Request
+    sampler: Sampler
+    detokenizer: Detokenizer
+    started: float = field(default_factory=time.perf_counter)
+    first: float | None = None
+
+    def timing(self) -> Timing:
+        now = time.perf_counter()
+        first = now if self.first is None else self.first
+        return Timing(len(self.request.prompt), self.request.generated, first - self.started, now - first)
+
+
+class Engine:
+    """Continuous batching over one runner. Not thread-safe: one thread adds, steps and aborts."""
+
+    def __init__(self, runner: Runner, token_bytes: Callable[[int], bytes], config: EngineConfig) -> None:
+        self.config = config
+        self.pages = PageAllocator(config.pages)
+        self.slots = SlotAllocator(config.slots)
+        self._runner, self._token_bytes = runner, token_bytes
+        chunk = max(c.tokens for c in runner.capacities) if config.prefill_chunk is None else config.prefill_chunk
+        limits = SchedulerLimits(config.slots, chunk, config.page_size, config.context_length)
+        self._scheduler = Scheduler(limits, runner.capacities, self.pages, self.slots)
+        self._live: dict[str, _Live] = {}
+        self._arrivals = 0
+
+    @property
+    def unfinished(self) -> int:
+        """Requests that wait or run."""
+        return len(self._live)
+
+    def add_request(self, prompt: Sequence[int], params: SamplingParams, request_id: str | None = None) -> str:
+        """Queue token ids; returns the request's id. `max_tokens` is clipped to what the context leaves.
+
+        Raises UsageError for an empty prompt, unknown token ids or an id in use, CapacityError for a prompt longer
+        than the context.
+        """
+        prompt = check_tokens(prompt, self.config.vocab_size)
+        name = f"request-{self._arrivals}" if request_id is None else request_id
+        if name in self._live:
+            raise UsageError(f"request id {name!r} is in use; give another")
+        room = self.config.context_length - len(prompt)
+        if room < 1:
+            raise CapacityError(f"the prompt has {len(prompt)} tokens, the context holds {self.config.context_length} "
+                                "with at least one new token; shorten the prompt, or use a larger --context-length")
+        request = Request(name, prompt, params, min(room, params.max_tokens or room), self._arrivals)
+        self._scheduler.add(request)
+        self._arrivals += 1
+        sampler = Sampler(params, prompt, self.config.vocab_size)
+        self._live[name] = _Live(request, sampler, Detokenizer(self._token_bytes, params.stop, params.include_stop))
+        return name
+
+    def abort(self, request_id: str) -> Output | None:
+        """End a request now; its last output, or None when it is not there (any more)."""
+        live = self._live.get(request_id)
+        return None if live is None else self._finish(live, FinishReason.abort, "", ())
+
+    def abort_all(self) -> None:
+        """End every request."""
+        for request_id in list(self._live):
+            self.abort(request_id)
+
+    def runs(self, request_id: str) -> bool:
+        """Whether a request waits or runs."""
+        return request_id in self._live
+
+    def step(self) -> list[Output]:
+        """Run one step and return what it added. Raises CapacityError when requests wait and none can ever run."""
+        chunks = self._scheduler.schedule()
+        if not chunks:
+            if self.unfinished:
+                raise CapacityError("no request can run: its KV pages or state slots are held by sequences of step(); "
+                                    "release those first")
+            return []
+        logits = self._runner.run([self._span(chunk) for chunk in chunks])
+        outputs = []
+        row = 0
+        for chunk in chunks:
+            self._scheduler.advance(chunk)
+            if chunk.samples:
+                outputs.append(self._append(self._live[chunk.request.id], logits[row]))
+                row += 1
+        return outputs
+
+    def check_integrity(self, others: Sequence[tuple[int, Sequence[int]]] = ()) -> None:
+        """No page or slot leaked, nothing held twice; `others`: (slot, pages) held outside the engine."""
+        self._scheduler.check_integrity(others)
+        if self._scheduler.unfinished != len(self._live):
+            raise AssertionError("the engine and its scheduler count different requests")
+
+    def _span(self, chunk: Chunk) -> Span:
+        request = chunk.request
+        assert request.table is not None and request.slot is not None
+        tokens = request.tokens[request.computed:request.computed + chunk.count]
+        return Span(tokens, request.computed, request.slot, request.table.pages, int(chunk.samples))
+
+    def _append(self, live: _Live, logits: np.ndarray) -> Output:
+        """Choose a request's next token, and see whether it was its last."""
+        request, params = live.request, live.request.params
+        sample = live.sampler.sample(logits)
+        if live.first is None:
+            live.first = time.perf_counter()
+        request.tokens.append(sample.token)
+        ends = params.stop_token_ids if params.ignore_eos else {*params.stop_token_ids, *self.config.eos_token_ids}
+        ended = sample.token in ends
+        text = "" if ended else live.detokenizer.push((sample.token,))
+        if ended or live.detokenizer.stopped:
+            return self._finish(live, FinishReason.stop, text, (sample,))
+        if request.generated >= request.max_tokens:
+            return self._finish(live, FinishReason.length, text, (sample,))
+        return Output(request.id, text, (sample.token,), None, (sample,))
+
+    def _finish(self, live: _Live, reason: FinishReason, text: str, samples: tuple[Sample, ...]) -> Output:
+        text += live.detokenizer.finish()
+        if live.detokenizer.stopped:
+            reason = FinishReason.stop
+        self._scheduler.finish(live.request, reason)
+        del self._live[live.request.id]
+        return Output(live.request.id, text, tuple(s.token for s in samples), reason, samples, live.timing())
+
+
+def check_tokens(tokens: Sequence[int], vocab_size: int) -> list[int]:
+    """The tokens as a list of plain ints. Raises UsageError when empty, or naming the first that is no token id."""
+    try:
+        ids = [index(token) for token in tokens]
+    except TypeError:
+        raise UsageError(f"token ids must be whole numbers, not {tokens!r:.80}") from None
+    if not ids:
+        raise UsageError("the prompt is empty: give at least one token")
+    for place, token in enumerate(ids):
+        if not 0 <= token < vocab_size:
+            raise UsageError(f"token {token} at position {place} is outside the vocabulary of {vocab_size}")
+    return ids

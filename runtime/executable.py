@@ -1,0 +1,124 @@
+"""The plans of a build, bound to memory: one step is the input arrays and one call into the host library."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from qcn_compile.artifact import Arg, Manifest, Plan, read_plan
+from qcn_compile.errors import ArtifactError, CapacityError, DeviceError
+from qcn_compile.runtime.batch import Capacity, InputArrays, Span
+from qcn_compile.runtime.device import ANY, LAUNCH, POINTER, CpuDevice, address, allocate
+from qcn_compile.runtime.memory import MemoryPlan
+from qcn_compile.runtime.profile import Profile
+from qcn_compile.runtime.weights import Weights
+
+
+class Executable:
+    """Runs the `main` plans of one build over caches of its own. Plans are bound to addresses on first use."""
+
+    def __init__(self, build: Path, manifest: Manifest, device: CpuDevice, weights: Weights,
+                 memory: MemoryPlan) -> None:
+        plans = [plan for name in manifest.plans if (plan := read_plan(build, name)).entry == "main"]
+        if not plans:
+            raise ArtifactError(f"{build} has no plan of the entry main; build again with qcn-compile")
+        self._device, self._weights, self._memory, self._vocab = device, weights, memory, manifest.vocab_size
+        self._plans = sorted(plans, key=lambda plan: (plan.tokens, plan.sequences, plan.rows))
+        self._tables: dict[str, tuple[np.ndarray, list[np.ndarray]]] = {}
+        self._workspace = allocate(max(plan.workspace_bytes for plan in plans))
+        self._inputs = InputArrays(self.capacities, -(-memory.context_length // memory.page_size))
+        self._caches = self._allocate_caches(manifest)
+        self.profile: Profile | None = None
+
+    @property
+    def capacities(self) -> tuple[Capacity, ...]:
+        """What each plan holds, smallest first."""
+        return tuple(Capacity(plan.tokens, plan.sequences, plan.rows) for plan in self._plans)
+
+    @property
+    def weight_bytes(self) -> int:
+        return self._weights.nbytes
+
+    @property
+    def workspace_bytes(self) -> int:
+        return len(self._workspace)
+
+    def select(self, tokens: int, sequences: int, rows: int) -> Plan:
+        """The smallest plan that holds a step. Raises CapacityError when none does."""
+        for plan, capacity in zip(self._plans, self.capacities, strict=True):
+            if capacity.holds(tokens, sequences, rows):
+                return plan
+        raise CapacityError(f"a step of {tokens} tokens, {sequences} sequences and {rows} rows of logits fits no plan "
+                            f"of the build ({', '.join(p.name for p in self._plans)})"
+                            "; split it, or build larger buckets")
+
+    def run(self, spans: Sequence[Span]) -> np.ndarray:
+        """Run one step. Returns the wanted rows' logits, f32 [R, vocab], valid until the next step.
+
+        Raises CapacityError when no plan holds it, DeviceError naming the kernel and op that failed.
+        """
+        plan = self.select(sum(len(s.tokens) for s in spans), len(spans), sum(s.wanted for s in spans))
+        rows = self._inputs.fill(spans)
+        table = self._bound(plan)
+        seconds = None if self.profile is None else np.zeros(len(table))
+        failed = self._device.run(table, seconds)
+        if failed >= 0:
+            launch = plan.launches[failed]
+            raise DeviceError(f"kernel {launch.kernel} of op {launch.op} ({launch.location}) failed in plan {plan.name}"
+                              f": {self._device.error()}; check the build with qcn-run --verify, or build it again")
+        if self.profile is not None and seconds is not None:
+            self.profile.add(plan, seconds)
+        output = plan.outputs["logits"]
+        start, width = output["offset"], output["width"]
+        logits = self._workspace[start:start + 4 * rows * width].view(np.float32).reshape(rows, width)
+        return logits[:, :self._vocab]
+
+    def check_integrity(self) -> None:
+        """The last step's inputs name only tokens, pages and slots that exist."""
+        arrays = self._inputs.arrays
+        tokens, sequences, rows, width = (int(n) for n in arrays["counts"])
+        limits = {"tokens": (tokens, self._vocab), "slots": (sequences, self._memory.slots), "rows": (rows, tokens),
+                  "block_table": (sequences * width, self._memory.pages)}
+        for name, (count, limit) in limits.items():
+            used = arrays[name][:count]
+            if count and (used.min() < 0 or used.max() >= limit):
+                raise AssertionError(f"input {name} names {used.min()}..{used.max()}, outside 0..{limit - 1}")
+
+    def _allocate_caches(self, manifest: Manifest) -> dict[tuple[str, str], np.ndarray]:
+        caches = {}
+        for cache in manifest.caches:
+            if cache.kind == "kv":
+                for part in ("k", "v"):
+                    caches[cache.name, part] = allocate(self._memory.pages * cache.unit_bytes)
+            else:
+                caches[cache.name, ""] = allocate(self._memory.slots * cache.unit_bytes)
+        return caches
+
+    def _bound(self, plan: Plan) -> np.ndarray:
+        """The plan's LAUNCH table with every pointer resolved."""
+        if plan.name not in self._tables:
+            table = np.zeros(len(plan.launches), LAUNCH)
+            keep = []
+            for row, launch in zip(table, plan.launches, strict=True):
+                args = np.zeros(len(launch.args), ANY)
+                args["type_index"] = POINTER
+                args["pointer"] = [self._pointer(arg, plan) for arg in launch.args]
+                row["function"] = self._device.symbol(launch.kernel)
+                row["args"], row["n_args"] = address(args), len(args)
+                keep.append(args)
+            self._tables[plan.name] = table, keep
+        return self._tables[plan.name][0]
+
+    def _pointer(self, arg: Arg, plan: Plan) -> int:
+        if arg.kind in ("workspace", "output"):
+            return address(self._workspace) + arg.offset
+        if arg.kind == "weight":
+            return self._weights.address(arg.name)
+        if arg.kind == "state" and (arg.name, arg.part) in self._caches:
+            return address(self._caches[arg.name, arg.part])
+        if arg.kind == "input" and arg.name in self._inputs.arrays:
+            return address(self._inputs.arrays[arg.name])
+        raise ArtifactError(f"plan {plan.name} has an argument this runtime does not know: {arg.kind} {arg.name} "
+                            f"{arg.part}".rstrip() + "; build again with the qcn-compile of this version")

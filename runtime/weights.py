@@ -1,0 +1,96 @@
+"""Weight blobs: safetensors files mapped into memory, or copied once into huge pages."""
+
+from __future__ import annotations
+
+import json
+import mmap
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qcn_compile.artifact import ALIGNMENT
+from qcn_compile.errors import ArtifactError
+from qcn_compile.runtime.device import address, allocate
+
+_BLOCK = 64 << 20
+Report = Callable[[str, int, int], None]  # what, bytes done, bytes in all
+
+
+class Weights:
+    """Blob name -> address, for as long as this object lives.
+
+    Mapped (default): pages come from the file on first use, and several processes share them. With `huge_pages` the
+    files are read into private memory: a slower start and more memory, for about a sixth more read bandwidth.
+    Raises ArtifactError for a weight mode this runtime cannot serve and for damaged files.
+    """
+
+    def __init__(self, build: Path, spec: dict[str, Any], huge_pages: bool = False,
+                 report: Report | None = None) -> None:
+        if spec.get("mode") != "copied":
+            raise ArtifactError(f"{build} has weights of mode {spec.get('mode')!r}, this qcn-run reads mode 'copied'; "
+                                "build again with --weights copied")
+        self.nbytes = 0
+        self._addresses: dict[str, int] = {}
+        self._keep: list[np.ndarray] = []
+        total = sum((build / name).stat().st_size for name in spec["files"])
+        for name in spec["files"]:
+            path = build / name
+            data = _copy(path, self.nbytes, total, report) if huge_pages else _map(path)
+            self._keep.append(data)
+            self._addresses |= _blobs(path, data)
+            self.nbytes += len(data)
+
+    def address(self, name: str) -> int:
+        """Where a blob starts. Raises ArtifactError when the files lack it."""
+        try:
+            return self._addresses[name]
+        except KeyError:
+            raise ArtifactError(f"the weights lack the blob {name}; build again with qcn-compile") from None
+
+
+def _map(path: Path) -> np.ndarray:
+    with path.open("rb") as handle:
+        memory = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
+    return np.frombuffer(memory, np.uint8)
+
+
+def _copy(path: Path, done: int, total: int, report: Report | None) -> np.ndarray:
+    size = path.stat().st_size
+    data = allocate(size)
+    view = data.data
+    with path.open("rb", buffering=0) as handle:
+        read = 0
+        while read < size:
+            count = handle.readinto(view[read:read + _BLOCK])
+            if not count:
+                raise ArtifactError(f"{path} ended after {read} of {size} bytes; copy the build again")
+            read += count
+            if report:
+                report("reading weights", done + read, total)
+    return data
+
+
+def _blobs(path: Path, data: np.ndarray) -> dict[str, int]:
+    """Addresses of the blobs of one safetensors file, each checked to lie inside and on a 64-byte boundary."""
+    damaged = f"{path} is no safetensors file of ours"
+    length = struct.unpack("<Q", data[:8].tobytes())[0] if len(data) >= 8 else len(data)
+    start = 8 + length
+    if start > len(data):
+        raise ArtifactError(f"{damaged}: its header is cut off; build again with qcn-compile")
+    try:
+        header = json.loads(data[8:start].tobytes())
+    except ValueError as error:
+        raise ArtifactError(f"{damaged}: {error}; build again with qcn-compile") from None
+    header.pop("__metadata__", None)
+    base = address(data) + start
+    blobs = {}
+    for name, row in header.items():
+        first, last = row["data_offsets"]
+        if (base + first) % ALIGNMENT or start + last > len(data):
+            raise ArtifactError(f"{damaged}: blob {name} is misaligned or outside the file; "
+                                "build again with qcn-compile")
+        blobs[name] = base + first
+    return blobs
