@@ -94,12 +94,12 @@ def trace_main(model: PreTrainedModel, *, share_layers: bool = True) -> Graph:
     return _imported("main", wrapper, exported, "model.", _names(model))
 
 
-def trace_mtp(model: PreTrainedModel, layers: int = 1) -> Graph:
+def trace_mtp(model: PreTrainedModel, mtp: MtpModel) -> Graph:
     """Graph `mtp`: tokens, positions i32 [T], hidden [T, H], batch -> logits [T, V], hidden [T, H].
 
     Weights that the head shares with `model` keep the main model's names; its own are named `mtp.<path>`.
     """
-    wrapper = _Mtp(build_mtp(model, layers))
+    wrapper = _Mtp(mtp)
     exported = _export(wrapper, _examples(model, hidden=True), False)
     return _imported("mtp", wrapper, exported, "", _names(model))
 

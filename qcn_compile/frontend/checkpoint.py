@@ -1,0 +1,204 @@
+"""Checkpoint files: where they are, what their config says, which tensors they hold. Headers first, data on demand."""
+
+from __future__ import annotations
+
+import json
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedConfig
+
+import qcn_compile
+from qcn_compile import settings
+from qcn_compile.errors import ModelError
+
+SUPPORTED = ("qwen3_next", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_5", "qwen3_5_text", "qwen3_moe", "qwen3")
+"""The model types that the tests compare with transformers."""
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+_ASSETS = Path(qcn_compile.__file__).parent / "assets"
+_WANTED = ["*.json", "*.safetensors", "*.jinja", "*.txt"]
+
+
+@dataclass(frozen=True)
+class Located:
+    """A model that was asked for.
+
+    path: folder of its weights and tokenizer, None when there are no weights. config: folder of its config.json.
+    note: what the user should know about the choice, or "".
+    """
+
+    path: Path | None
+    name: str
+    note: str
+    config: Path
+
+
+def locate(model: str | None, target_kind: str) -> Located:
+    """Find a model: a directory, a name on the Hugging Face hub (cache first), or None for the default of the target.
+
+    Raises ModelError that names everything that was tried.
+    """
+    if model is None:
+        return _default(target_kind)
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return _folder(folder, folder.resolve().name)
+    if folder.exists():
+        raise ModelError(f"{model} is a file; give the directory that holds config.json and the *.safetensors files")
+    return _from_hub(model)
+
+
+def _default(target_kind: str) -> Located:
+    if target_kind == "cpu":
+        folder = _ASSETS / "tiny-coder"
+        return Located(folder, folder.name, "no model named: the bundled tiny-coder, a toy for trying things out", folder)
+    folder = _ASSETS / "qwen3-coder-next"
+    note = "no model named: the configuration of Qwen/Qwen3-Coder-Next, whose weights are not bundled"
+    return Located(None, "Qwen/Qwen3-Coder-Next", note, folder)
+
+
+def _folder(folder: Path, name: str) -> Located:
+    if any(folder.glob("*.safetensors")) or (folder / INDEX).exists():
+        return Located(folder, name, "", folder)
+    return Located(None, name, f"{folder} holds no *.safetensors files", folder)
+
+
+def _from_hub(name: str) -> Located:
+    """The newest snapshot in the cache when it is whole, else a download."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    cache = settings.hub_cache()
+    tried = [f"a directory {name!r} (absent)"]
+    try:
+        folder = Path(snapshot_download(name, cache_dir=cache, local_files_only=True, allow_patterns=_WANTED))
+        if _is_whole(folder):
+            return _folder(folder, name)
+        tried.append(f"the cache {cache} (incomplete)")
+    except HFValidationError:
+        raise ModelError(f"{name!r} is no directory, and no Hugging Face name of the form owner/model") from None
+    except OSError:
+        tried.append(f"the cache {cache} (absent)")
+    if settings.offline():
+        tried.append("no download, since HF_HUB_OFFLINE is set")
+    else:
+        try:
+            return _folder(Path(snapshot_download(name, cache_dir=cache, allow_patterns=_WANTED)), name)
+        except Exception as error:  # the hub client raises its own, httpx's and the system's errors
+            tried.append(f"a download from huggingface.co ({type(error).__name__}: {str(error).strip().splitlines()[0]})")
+    raise ModelError(f"model {name!r} was not found; tried " + "; ".join(tried)
+                     + ". Give a directory, or a name such as Qwen/Qwen3-Coder-Next with network access")
+
+
+def _is_whole(folder: Path) -> bool:
+    if (folder / INDEX).exists():
+        shards = set(json.loads((folder / INDEX).read_text(encoding="utf-8")).get("weight_map", {}).values())
+        return all((folder / shard).exists() for shard in shards)
+    return (folder / SINGLE).exists()
+
+
+def load_config(folder: Path) -> tuple[PreTrainedConfig, dict[str, Any]]:
+    """The text model's config, and its plain JSON values. Raises ModelError for a missing, invalid or unknown one."""
+    path = folder / "config.json"
+    raw = _json(path, "give the directory of a Hugging Face checkpoint")
+    kind = raw.get("model_type")
+    if kind not in SUPPORTED:
+        raise ModelError(f"{path}: model_type {kind!r} is not supported; supported are {', '.join(SUPPORTED)}")
+    if "quantization_config" in raw:
+        method = raw["quantization_config"].get("quant_method", "unknown")
+        raise ModelError(f"{path}: the checkpoint is quantised ({method}), which is not supported; give the bf16 checkpoint "
+                         "and choose the format with --quant")
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config(decoder=True)
+    except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
+        raise ModelError(f"{path} is not a valid {kind} config: {error}") from error
+    plain = {key: value for key, value in raw.items() if not isinstance(value, dict)}
+    return config, {**raw, **plain, **raw.get("text_config", {})} if "text_config" in raw else raw
+
+
+def _json(path: Path, cure: str) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(f"{path} does not exist; {cure}") from None
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} cannot be read as JSON ({error}); {cure}") from None
+    if not isinstance(value, dict):
+        raise ModelError(f"{path} holds no JSON object; {cure}")
+    return value
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor on disk: its file, its dtype in safetensors' spelling, its shape."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def read_header(file: Path) -> dict[str, Stored]:
+    """The tensors of one safetensors file. Raises ModelError naming both sizes when it is truncated or damaged."""
+    again = "download it again"
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        head = stream.read(8)
+        length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
+        if len(head) < 8 or 8 + length > size:
+            raise ModelError(f"{file} is damaged: {size} bytes, but its header alone needs {8 + length}; {again}")
+        text = stream.read(length)
+    try:
+        entries = json.loads(text)
+        entries.pop("__metadata__", None)
+        end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+        found = {name: Stored(file, entry["dtype"], tuple(entry["shape"])) for name, entry in entries.items()}
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        raise ModelError(f"{file} is damaged: its header cannot be read ({error}); {again}") from None
+    if size != 8 + length + end:
+        what = "truncated" if size < 8 + length + end else "damaged"
+        raise ModelError(f"{file} is {what}: {size} bytes, but its header describes {8 + length + end}; {again}")
+    return found
+
+
+class Checkpoint:
+    """The tensors of a directory of safetensors files: headers are read at once, data when asked for."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._open: dict[Path, Any] = {}
+        self.tensors: dict[str, Stored] = {}
+        for file in self._files():
+            self.tensors.update(read_header(file))
+
+    def _files(self) -> list[Path]:
+        if not (self.path / INDEX).exists():
+            files = sorted(self.path.glob("*.safetensors"))
+            if not files:
+                raise ModelError(f"{self.path} holds no *.safetensors files; give the directory of a checkpoint")
+            return files
+        cure = "download the checkpoint again"
+        index = _json(self.path / INDEX, cure).get("weight_map")
+        if not isinstance(index, dict):
+            raise ModelError(f"{self.path / INDEX} has no weight_map; {cure}")
+        files = [self.path / name for name in sorted(set(index.values()))]
+        absent = [file.name for file in files if not file.is_file()]
+        if absent:
+            raise ModelError(f"{self.path} lacks {len(absent)} of {len(files)} files that {INDEX} lists: "
+                             f"{', '.join(absent[:5])}{', ...' if len(absent) > 5 else ''}; {cure}")
+        return files
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, from the memory-mapped file."""
+        stored = self.tensors[name]
+        try:
+            if stored.file not in self._open:
+                self._open[stored.file] = safe_open(stored.file, framework="pt")
+            tensor: Tensor = self._open[stored.file].get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{stored.file}: {name} cannot be read ({error}); download the file again") from error
+        return tensor

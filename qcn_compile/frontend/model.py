@@ -1,0 +1,51 @@
+"""The front end in one call: a located model or a config in; graphs, config and weights out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from qcn_compile.frontend.checkpoint import Checkpoint, Located, load_config
+from qcn_compile.frontend.trace import build, build_mtp, trace_main, trace_mtp
+from qcn_compile.frontend.weights import WeightSource, mtp_layers
+from qcn_compile.ir.graph import Graph
+from qcn_compile.ir.types import DType
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A model as the compiler sees it.
+
+    main: tokens, positions i32 [T], batch -> logits [T, V], hidden [T, H]. mtp: the same with an input hidden [T, H];
+    None when the checkpoint has no draft head. weights: None when there are none. path: the folder of the tokenizer.
+    """
+
+    main: Graph
+    mtp: Graph | None
+    config: dict[str, Any]
+    weights: WeightSource | None
+    name: str
+    path: Path | None
+
+
+def trace_model(source: Located | PreTrainedConfig, dtype: DType = DType.f32) -> Traced:
+    """Trace a model and audit its checkpoint, before any other work.
+
+    Raises ModelError for a checkpoint that is missing, damaged or does not fit, IRError for an op that has no row.
+    """
+    if isinstance(source, PreTrainedConfig):
+        graph = trace_main(build(source.get_text_config(decoder=True), dtype))
+        return Traced(graph, None, source.to_dict(), None, source.model_type, None)
+    config, plain = load_config(source.config)
+    checkpoint = None if source.path is None else Checkpoint(source.path)
+    model = build(config, dtype)
+    mtp = build_mtp(model) if checkpoint is not None and mtp_layers(model, checkpoint) else None
+    weights = None
+    if checkpoint is not None:
+        weights = WeightSource(checkpoint, model, mtp)
+        weights.audit()
+    draft = None if mtp is None else trace_mtp(model, mtp)
+    return Traced(trace_main(model), draft, plain, weights, source.name, source.path)
