@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 from qcn_compile.artifact import Manifest
 from qcn_compile.errors import CapacityError, UsageError
@@ -57,5 +58,8 @@ def plan_memory(manifest: Manifest, context_length: int | None, max_running: int
     return MemoryPlan(context, manifest.page_size, pages, max_running, pages * page_bytes, max_running * slot_bytes)
 
 
-def _memory_bytes() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+def _memory_bytes(limit: Path = Path("/sys/fs/cgroup/memory.max")) -> int:
+    """Memory of the machine, or of the container this process runs in."""
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    text = limit.read_text().strip() if limit.is_file() else "max"
+    return min(machine, int(text)) if text.isdigit() else machine

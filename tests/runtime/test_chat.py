@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+import qcn_compile
 from qcn_compile.errors import ArtifactError, UsageError
 from qcn_compile.runtime.chat import ChatTemplate
 from qcn_compile.runtime.tokenizer import GenerationDefaults, Tokenizer
@@ -34,6 +37,18 @@ def test_as_hugging_face(source, generation_prompt):
                                         add_generation_prompt=generation_prompt)[0][0]
     template = ChatTemplate(source, {"eos_token": "</s>"})
     assert template.render(MESSAGES, TOOLS, generation_prompt, extra="e") == want
+
+
+def test_the_bundled_template_as_hugging_face():
+    path = Path(qcn_compile.__file__).parent / "assets" / "tiny-coder" / "chat_template.jinja"
+    if not path.is_file():
+        pytest.skip("no bundled model here")
+    theirs, source = pytest.importorskip("transformers.utils.chat_template_utils"), path.read_text(encoding="utf-8")
+    for messages, tools in [(MESSAGES, TOOLS), (MESSAGES[:2], None), (MESSAGES[1:2], TOOLS),
+                            (MESSAGES + MESSAGES[3:], None)]:
+        want = theirs.render_jinja_template([messages], tools=tools, chat_template=source,
+                                            add_generation_prompt=True)[0][0]
+        assert ChatTemplate(source, {}).render(messages, tools) == want
 
 
 def test_refusals_are_usage_errors():

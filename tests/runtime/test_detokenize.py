@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 import random
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import qcn_compile
 from qcn_compile.runtime.detokenize import Detokenizer, StopMatcher
 from qcn_compile.runtime.tokenizer import Tokenizer
 
@@ -16,9 +18,18 @@ TEXTS = ["def fib(n):\n    return n\n", "naïve café — 你好", "🙂👩‍�
          "<|im_start|>a<tool_call>b<|im_end|>c", "a\u0301b"]
 
 
-@pytest.fixture(scope="module")
-def tokenizer(toy_build):
-    return Tokenizer(toy_build)
+BUNDLED = Path(qcn_compile.__file__).parent / "assets" / "tiny-coder"
+
+
+@pytest.fixture(scope="module", params=["toy", "bundled"])
+def tokenizer(request, toy_build, tmp_path_factory):
+    if request.param == "toy":
+        return Tokenizer(toy_build)
+    if not (BUNDLED / "tokenizer.json").is_file():
+        pytest.skip("no bundled model here")
+    build = tmp_path_factory.mktemp("bundled")
+    (build / "tokenizer").symlink_to(BUNDLED)
+    return Tokenizer(build)
 
 
 def chunks_of(items, seed):
