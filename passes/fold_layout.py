@@ -11,7 +11,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from qcn_compile.ir.graph import Graph, Op, Value
+from qcn_compile.ir.graph import Attr, Graph, Op, Value
 from qcn_compile.ir.rewrite import Fired, Rewriter
 from qcn_compile.ir.types import Dim, Sym, T
 from qcn_compile.passes.base import Pass, PassContext, register_pass
@@ -58,7 +58,7 @@ def _fold(rewriter: Rewriter, linear: Op) -> list[Fired]:
 def follow(rewriter: Rewriter, linear: Op) -> tuple[Channels, bool]:
     """Which channels every value of the view-only region below a projection holds, and whether any are shuffled."""
     root = linear.result
-    channels: Channels = {root: np.arange(root.tensor.shape[-1])}
+    channels: Channels = {root: np.arange(int(root.tensor.shape[-1]))}  # type: ignore[arg-type]
     shuffles, work = False, [root]
     while work:
         for user in sorted(rewriter.users.get(work.pop(0), []), key=lambda o: rewriter.place[o]):
@@ -114,7 +114,7 @@ def _reorder(rewriter: Rewriter, w: Value, order: np.ndarray, linear: Op) -> Val
 def _part(rewriter: Rewriter, source: Value, start: int, width: int, like: Value, linear: Op) -> Value:
     part = source
     if width != source.tensor.shape[1]:
-        attrs = {"axis": 1, "start": start, "stop": start + width}
+        attrs: dict[str, Attr] = {"axis": 1, "start": start, "stop": start + width}
         part = rewriter.make("slice", [source], attrs, linear.loc, like.name).result
     if part.tensor.shape != like.tensor.shape:
         part = rewriter.make("reshape", [part], {"shape": like.tensor.shape}, linear.loc, like.name).result  # type: ignore

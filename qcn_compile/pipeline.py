@@ -93,7 +93,7 @@ class Pipeline:
     def replace(self, name: str, **options: object) -> Pipeline:
         """Change options of the passes of a name."""
         self._index(name)
-        self.passes = [replace(p, **options) if p.name == name else p for p in self.passes]  # type: ignore[arg-type]
+        self.passes = [replace(p, **options) if p.name == name else p for p in self.passes]
         return self
 
     def check_order(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -93,9 +93,14 @@ class Call:
 
 
 class Target(Protocol):
-    """A place where artifacts run."""
+    """A place where artifacts run: `name` as the user wrote it, `kind` cpu, gpu or null."""
 
     name: str
+    kind: str
+
+    def describe(self) -> dict[str, str]:
+        """What the manifest says about the hardware beside name and kind: the architecture kernels are built for."""
+        ...
 
     def lower(self, op: Op, operands: Sequence[Operand | None], results: Sequence[TensorType],
               bucket: Bucket) -> list[Call]:
@@ -110,6 +115,7 @@ class Target(Protocol):
         """Shape and bytes of one KV page (keys and values together) or one state slot, as the kernels lay it out."""
         ...
 
-    def emit(self, kernels: Sequence[Kernel], folder: Path) -> list[str]:
-        """Compile kernels into libraries under `folder`, sources beside them; returns the file names."""
+    def emit(self, kernels: Sequence[Kernel], folder: Path,
+             progress: Callable[[int, int], None] | None = None) -> list[str]:
+        """Compile kernels into libraries under `folder`, sources beside them; returns the file names, host first."""
         ...

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 
 from qcn_compile.errors import IRError
 from qcn_compile.ir.graph import Attr, Graph, Location, Op, Value
-from qcn_compile.ir.types import DType, StateKind, StateRef, StateType, Sym, parse_dim, parse_type
+from qcn_compile.ir.types import DTYPES, DType, StateKind, StateRef, StateType, Sym, parse_dim, parse_type
 
 
 def format_attr(value: Attr | Sym) -> str:
@@ -120,7 +120,7 @@ class _Attrs:
         words: dict[str, Attr] = {"none": None, "true": True, "false": False, "inf": float("inf")}
         if text in words:
             return words[text]
-        if text in DType.__members__:
+        if text in DTYPES:
             return DType(text)
         raise IRError(f"attribute value {text!r} is unknown")
 

@@ -22,7 +22,7 @@ class DType(Enum):
     i8 = "i8"
     u8 = "u8"
     i4 = "i4"
-    bool = "bool"
+    i1 = "bool"
 
     @property
     def bits(self) -> int:
@@ -31,11 +31,12 @@ class DType(Enum):
 
     @property
     def is_float(self) -> bool:
-        return self in (DType.f32, DType.bf16, DType.f16, DType.f8e4m3)
+        return self.value in ("f32", "bf16", "f16", "f8e4m3")
 
 
+DTYPES = {dtype.value for dtype in DType}
 _BITS = {DType.f32: 32, DType.bf16: 16, DType.f16: 16, DType.f8e4m3: 8, DType.i64: 64, DType.i32: 32,
-         DType.i8: 8, DType.u8: 8, DType.i4: 4, DType.bool: 8}
+         DType.i8: 8, DType.u8: 8, DType.i4: 4, DType.i1: 8}
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ def parse_type(text: str) -> Type:
     if text == "batch":
         return BatchType()
     found = re.fullmatch(r"(\w+)\[([^\]]*)\]", text)
-    if not found or found[1] not in DType.__members__:
+    if not found or found[1] not in DTYPES:
         raise IRError(f"{text!r} is no type: write for example f32[T,2048]")
     dims = tuple(parse_dim(part.strip()) for part in found[2].split(",")) if found[2].strip() else ()
     return TensorType(DType(found[1]), dims)

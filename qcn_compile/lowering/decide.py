@@ -6,7 +6,7 @@ import os
 from dataclasses import asdict, dataclass
 
 from qcn_compile.errors import UsageError
-from qcn_compile.frontend.traced import Traced
+from qcn_compile.frontend import Traced
 from qcn_compile.ir.graph import Graph
 from qcn_compile.lowering.schedule import stored_fraction
 from qcn_compile.targets.base import Encoding, Target

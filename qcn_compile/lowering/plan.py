@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from qcn_compile.artifact import Arg, Launch, Plan
 from qcn_compile.errors import LoweringError
 from qcn_compile.ir.graph import Graph, Op, Value
 from qcn_compile.ir.types import StateRef
-from qcn_compile.lowering.memory import Buffer, assign, liveness
+from qcn_compile.lowering.memory import Buffer, Key, assign, liveness
 from qcn_compile.lowering.schedule import Schedule, encoding_of, row_width, work
 from qcn_compile.lowering.weights import BlobKey
 from qcn_compile.targets.base import Encoding, Ref
@@ -53,7 +54,7 @@ def make_plan(schedule: Schedule, names: Mapping[BlobKey, str]) -> tuple[Plan, l
     return plan, buffers
 
 
-def _argument(schedule: Schedule, op: Op, ref: Ref, offsets: Mapping[object, int],
+def _argument(schedule: Schedule, op: Op, ref: Ref, offsets: Mapping[Key, int],
               names: Mapping[BlobKey, str]) -> Arg:
     if ref.kind in ("operand", "result"):
         value = op.operands[ref.index] if ref.kind == "operand" else op.results[ref.index]
@@ -73,15 +74,15 @@ def _argument(schedule: Schedule, op: Op, ref: Ref, offsets: Mapping[object, int
     raise LoweringError(f"{op.name}: argument kind {ref.kind!r} is unknown")
 
 
-def _placed(schedule: Schedule, value: Value, offsets: Mapping[object, int]) -> Arg:
+def _placed(schedule: Schedule, value: Value, offsets: Mapping[Key, int]) -> Arg:
     view = schedule.views[value]
     if view.base in schedule.graph.inputs:
         return Arg("input", view.base.name)
     return Arg("workspace", offset=offsets[view.base] + view.offset * view.base.tensor.dtype.bits // 8)
 
 
-def _outputs(graph: Graph, schedule: Schedule, offsets: Mapping[object, int]) -> dict[str, dict[str, object]]:
-    table = {}
+def _outputs(graph: Graph, schedule: Schedule, offsets: Mapping[Key, int]) -> dict[str, dict[str, Any]]:
+    table: dict[str, dict[str, Any]] = {}
     for name, value in zip(OUTPUT_NAMES, graph.outputs, strict=False):
         view = schedule.views[value]
         if view.stride != row_width(value.tensor) or view.base in graph.inputs:

@@ -27,7 +27,7 @@ def broadcast(*shapes: tuple[Dim, ...]) -> tuple[Dim, ...]:
     return tuple(result)
 
 
-_RANK = [DType.bool, DType.u8, DType.i8, DType.i32, DType.i64, DType.f8e4m3, DType.bf16, DType.f16, DType.f32]
+_RANK = [DType.i1, DType.u8, DType.i8, DType.i32, DType.i64, DType.f8e4m3, DType.bf16, DType.f16, DType.f32]
 
 
 def _binary(a: TensorType, b: TensorType, **_: Any) -> TensorType:

@@ -60,7 +60,7 @@ def reshape(x: Tensor, *, shape: tuple[Dim, ...]) -> Tensor:
     if symbolic:
         head = next(d for d in shape if isinstance(d, Sym))
         return x.reshape([x.shape[0] * head.scale if isinstance(d, Sym) else d for d in shape])
-    return x.reshape(list(shape))  # type: ignore[arg-type]
+    return x.reshape(list(shape))
 
 
 def _transposed(x: TensorType, *, a: int, b: int) -> TensorType:
@@ -86,7 +86,7 @@ def slice_(x: Tensor, *, axis: int, start: int, stop: int) -> Tensor:
 
 
 def _concat(*xs: TensorType, axis: int) -> TensorType:
-    size = sum(int(x.shape[axis]) for x in xs)  # type: ignore[arg-type]
+    size = sum(int(x.shape[axis]) for x in xs)  # type: ignore[arg-type, misc]
     first = xs[0]
     return TensorType(first.dtype, first.shape[:axis] + (size,) + first.shape[axis + 1:])
 
