@@ -11,7 +11,6 @@ from qcn_compile.ir.rewrite import Fired, Rewriter, Rule, remove_dead, rewrite
 from qcn_compile.ir.types import Sym
 from qcn_compile.passes.base import Pass, PassContext, register_pass
 
-
 RULES = [
     Rule("reshape of reshape", "reshape(reshape(x){shape=$inner}){shape=$shape} => reshape(x){shape=$shape}"),
     Rule("cast of cast to the same dtype", "cast(cast(x){dtype=$d}){dtype=$d} => cast(x){dtype=$d}"),

@@ -35,7 +35,8 @@ def _flat_gate(match: Match) -> str | None:
 
 RULES = [
     Rule("delta_net",
-         f"reshape(gated_rms_norm(view?({_RULE}), view?(z), norm_w){{eps=$eps}}){{shape=$flat}} where {_CONV} => {_NET}",
+         f"reshape(gated_rms_norm(view?({_RULE}), view?(z), norm_w){{eps=$eps}}){{shape=$flat}} "
+         f"where {_CONV} => {_NET}",
          guard=_flat_gate, derive=_heads, marker="gated_delta_rule"),
 ]
 

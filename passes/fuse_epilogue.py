@@ -20,14 +20,15 @@ RULES = [
     Rule("linear_add", "add(r, y:linear(x, w)) => linear_add(x, w, r)", guard=_two_dims, single=("y",)),
     Rule("moe_add", "add(r, y:moe_experts(x, ids, p, gu, dn){activation=$act}) => "
          "moe_add(x, ids, p, gu, dn, r){activation=$act}", guard=_two_dims, single=("y",)),
-    Rule("add_rms_norm", "rms_norm(s:add(x, r), w){eps=$eps} => t.1; s <- t.0 where t = add_rms_norm(x, r, w){eps=$eps}"),
+    Rule("add_rms_norm", "rms_norm(s:add(x, r), w){eps=$eps} => t.1; s <- t.0 "
+         "where t = add_rms_norm(x, r, w){eps=$eps}"),
 ]
 
 
 @register_pass
 @dataclass(frozen=True)
 class FuseEpilogue(RulePass):
-    """add(r, linear(x, w)) => linear_add(x, w, r), the same for experts, and what is left: add + norm, SwiGLU, gates."""
+    """add(r, linear(x, w)) => linear_add(x, w, r), the same for experts; then add + norm, SwiGLU, gates."""
 
     name: ClassVar[str] = "fuse-epilogue"
     after: ClassVar[tuple[str, ...]] = ("fuse-norm", "fuse-moe", "fuse-attention")

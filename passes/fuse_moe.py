@@ -47,7 +47,7 @@ SHARED = [
 @register_pass
 @dataclass(frozen=True)
 class FuseMoE(Pass):
-    """softmax, topk, normalise => moe_route; moe_experts + sigmoid(g) * shared_expert => moe_experts over E+1 experts."""
+    """softmax, topk, normalise => moe_route; moe_experts + sigmoid(g) * shared => moe_experts of E+1 experts."""
 
     name: ClassVar[str] = "fuse-moe"
     after: ClassVar[tuple[str, ...]] = ("canonicalize",)

@@ -24,7 +24,8 @@ RULES = [
          guard=_casts_back, marker="rsqrt"),
     Rule("rms_norm", f"mul(cast?({_UNIT}), cast?(w)) => rms_norm(x, w){{eps=$eps}}", marker="rsqrt"),
     Rule("gated_rms_norm, cast back",
-         "cast(mul(cast?(rms_norm(x, w){eps=$eps}), silu(cast?(z)))){dtype=$dtype} => gated_rms_norm(x, z, w){eps=$eps}",
+         "cast(mul(cast?(rms_norm(x, w){eps=$eps}), silu(cast?(z)))){dtype=$dtype} => "
+         "gated_rms_norm(x, z, w){eps=$eps}",
          guard=_casts_back),
     Rule("gated_rms_norm",
          "mul(cast?(rms_norm(x, w){eps=$eps}), silu(cast?(z))) => gated_rms_norm(x, z, w){eps=$eps}"),

@@ -1,4 +1,4 @@
-"""merge-linears: projections of the same input become one, so that the input is read once and one launch does the work."""
+"""merge-linears: projections of the same input become one: the input is read once, one launch does the work."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from qcn_compile.compile import Options, compile  # noqa: A004
+    from qcn_compile.compile import Options, compile
     from qcn_compile.ir.optable import op as register_op
     from qcn_compile.passes.base import Pass, PassContext, register_pass
     from qcn_compile.pipeline import Pipeline

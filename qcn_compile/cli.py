@@ -28,7 +28,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--target", default="cpu", help="cpu (default) or null (compiles, runs nothing)")
     top.add_argument("--mcpu", help="CPU level to build for, as LLVM names it (default: this host)")
     top.add_argument("-o", "--output", default="build", help="artifact directory (default: build)")
-    top.add_argument("--dtype", choices=["fp32", "bf16"], help="dtype of unquantised weights (default: the checkpoint's)")
+    top.add_argument("--dtype", choices=["fp32", "bf16"], help="dtype of other weights (default: the checkpoint's)")
     top.add_argument("--quant", default="auto", choices=["auto", "none", "int8", "int4", "fp8"],
                      help="format of the big weights (default: auto)")
     top.add_argument("--activations", choices=["fp32", "int8"], help="dtype quantised weights are multiplied with")
@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from qcn_compile.compile import Options, compile, progress_bars  # noqa: A004
+    from qcn_compile.compile import Options, compile, progress_bars
     from qcn_compile.passes.base import REGISTRY
     from qcn_compile.pipeline import Tracing
 

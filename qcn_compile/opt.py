@@ -17,7 +17,7 @@ def main(argv: list[str] | None = None) -> int:
     top = argparse.ArgumentParser(prog="qcn-opt", description="Run passes on a .qir file.")
     top.add_argument("file", type=Path, help="the graph; - reads standard input")
     top.add_argument("-p", "--passes", default="", help="pass names, comma-separated, in order")
-    top.add_argument("--log", action="store_true", help="print what fired and what did not, with the reason, as comments")
+    top.add_argument("--log", action="store_true", help="print what fired and what did not, as comments")
     args = top.parse_args(argv)
     context = PassContext()
     try:

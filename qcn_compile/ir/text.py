@@ -51,8 +51,10 @@ def print_graph(graph: Graph) -> str:
     return "\n".join(lines) + "\n"
 
 
-_TOKEN = re.compile(r"""\s*(?:(?P<string>"(?:[^"\\]|\\.)*")|(?P<number>-?(?:\d+\.\d*(?:e[+-]?\d+)?|\d+e[+-]?\d+|inf|nan|\d+)(?![*\w]))
-    |(?P<dim>(?:\d+\*)?[A-Z][A-Za-z0-9_]*(?:[+-]\d+)?)|(?P<ref>@[\w.]+)|(?P<word>[a-z][\w]*)|(?P<mark>[(),={}]))""", re.X)
+_TOKEN = re.compile(r"""\s*(?:(?P<string>"(?:[^"\\]|\\.)*")
+    |(?P<number>-?(?:\d+\.\d*(?:e[+-]?\d+)?|\d+e[+-]?\d+|inf|nan|\d+)(?![*\w]))
+    |(?P<dim>(?:\d+\*)?[A-Z][A-Za-z0-9_]*(?:[+-]\d+)?)|(?P<ref>@[\w.]+)
+    |(?P<word>[a-z][\w]*)|(?P<mark>[(),={}]))""", re.X)
 
 
 class _Attrs:

@@ -107,7 +107,7 @@ def _as_view(op: Op, views: dict[Value, View]) -> View | None:
 def work(op: Op, bucket: Bucket) -> tuple[int, int]:
     """(bytes, FLOPs) of an op at the bucket's capacity, weights at their stored width."""
     cost = row(op.name).cost([v.type if v else None for v in op.operands], [v.type for v in op.results],
-                             {k: v for k, v in op.attrs.items()}, bucket.sizes)
+                             dict(op.attrs), bucket.sizes)
     bytes_ = cost.bytes
     for value in op.inputs:
         encoding = encoding_of(value)

@@ -17,10 +17,10 @@ MIXER = '''graph @main(%qkv: f32[T,16], %z: f32[T,8], %b: f32[T,4], %a: f32[T,4]
   %d : f32[4] = weight() {name="decay", dtype=f32, shape=(4,)}
   %t : f32[4] = weight() {name="dt", dtype=f32, shape=(4,)}
   %n : f32[2] = weight() {name="norm", dtype=f32, shape=(2,)}
-  %y : f32[T,8] = delta_net(%qkv, %z, %b, %a, %cw, %d, %t, %n, %batch) {key_heads=2, value_heads=4, key_dim=2, value_dim=2, eps=1e-06, conv=@conv.0, delta=@delta.0}
+  %y : f32[T,8] = delta_net(%qkv, %z, %b, %a, %cw, %d, %t, %n, %batch) {ATTRS}
   return %y
 }
-'''
+'''.replace("ATTRS", "key_heads=2, value_heads=4, key_dim=2, value_dim=2, eps=1e-06, conv=@conv.0, delta=@delta.0")
 ATTEND = '''graph @main(%q: f32[T,4,4], %k: f32[T,2,4], %v: f32[T,2,4], %positions: i32[T], %batch: batch) {
   state @kv.0 : kv f32[2,4]
   %f : f32[1] = constant() {dtype=f32, shape=(1,), values=(0.5,)}

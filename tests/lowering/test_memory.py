@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qcn_compile.artifact import ALIGNMENT
-from qcn_compile.ir.types import DType, T, TensorType
 from qcn_compile.ir.graph import Value
+from qcn_compile.ir.types import DType, T, TensorType
 from qcn_compile.lowering.memory import Buffer, assign, lower_bound
 
 lives = st.lists(st.tuples(st.integers(1, 5000), st.integers(0, 30), st.integers(0, 8)), max_size=40)
@@ -24,7 +24,7 @@ def test_no_two_living_buffers_overlap(rows: list[tuple[int, int, int]]) -> None
     total = assign(plan)
     for i, a in enumerate(plan):
         assert a.offset % ALIGNMENT == 0
-        assert 0 <= a.offset and a.offset + a.bytes <= total
+        assert a.offset >= 0 and a.offset + a.bytes <= total
         for b in plan[i + 1:]:
             if a.overlaps(b):
                 assert a.offset + a.bytes <= b.offset or b.offset + b.bytes <= a.offset

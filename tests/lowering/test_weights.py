@@ -64,7 +64,7 @@ def test_static_values_are_evaluated() -> None:
 def test_names_are_readable_and_unique() -> None:
     graph = parse_graph(GRAPH)
     a, d = graph.ops[0].results[0], graph.ops[3].results[0]
-    keys = [BlobKey(a, "tiles", Encoding()), BlobKey(d, "tiles", Encoding("int4")), BlobKey(d, "rows", Encoding("int4")),
-            BlobKey(graph.ops[2].results[0], "tiles", Encoding("int4"))]
+    keys = [BlobKey(a, "tiles", Encoding()), BlobKey(d, "tiles", Encoding("int4")),
+            BlobKey(d, "rows", Encoding("int4")), BlobKey(graph.ops[2].results[0], "tiles", Encoding("int4"))]
     names = list(name_blobs(keys).values())
     assert names == ["model.a:tiles.f32", "model.b+1:tiles.int4", "model.b+1:rows.int4", "model.b+1:tiles.int4.2"]

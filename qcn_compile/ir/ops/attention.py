@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from qcn_compile.ir.batch import Batch
-from qcn_compile.ir.optable import op, same
 from qcn_compile.ir.ops.norm import rms
+from qcn_compile.ir.optable import op, same
 from qcn_compile.ir.types import DType, TensorType, size_of
 
 
@@ -18,7 +18,7 @@ def _table(positions: TensorType, inv_freq: TensorType, **_: object) -> tuple[Te
 
 @op("rope_table", "positions, inv_freq", scaling=float, infer=_table)
 def rope_table(positions: Tensor, inv_freq: Tensor, *, scaling: float) -> tuple[Tensor, Tensor]:
-    """cos and sin of positions x inv_freq, times `scaling` (YaRN). positions i32 [T], inv_freq f32 [R/2] -> f32 [T, R/2]."""
+    """cos and sin of positions x inv_freq, times `scaling` (YaRN's). positions i32 [T], inv_freq [R/2] -> f32 [T, R/2]."""
     angle = positions.float()[:, None] * inv_freq.float()
     return angle.cos() * scaling, angle.sin() * scaling
 
@@ -37,7 +37,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, context: int, scale: float, causal: bool = True) -> Tensor:
-    """softmax(scale q k^T) v for one sequence; query i sees keys 0..context+i. q [n,Hq,D], k, v [m,Hkv,D] -> [n,Hq,D]."""
+    """softmax(scale q k^T) v of one sequence; query i sees keys 0..context+i. q [n,Hq,D], k, v [m,Hkv,D] -> [n,Hq,D]."""
     repeat = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(repeat, 1).to(q.dtype), v.repeat_interleave(repeat, 1).to(q.dtype)
     scores = torch.einsum("nhd,mhd->hnm", q, k) * scale
@@ -57,7 +57,7 @@ def _flops(types, results, attrs, sizes):  # type: ignore[no-untyped-def]
     infer=lambda q, k, v, *_, **__: TensorType(q.dtype, (*q.shape[:2], v.shape[2])))
 def attention(q: Tensor, k: Tensor, v: Tensor, batch: Batch, *, scale: float, causal: bool,
               state: str | None = None) -> Tensor:
-    """Append k, v to the cache and attend causally within each sequence. q [T, Hq, D], k, v [T, Hkv, D] -> [T, Hq, D]."""
+    """Append k, v to the cache, attend causally within each sequence. q [T, Hq, D], k, v [T, Hkv, D] -> [T, Hq, D]."""
     out = torch.empty(*q.shape[:2], v.shape[2], dtype=q.dtype)
     for span in batch.spans():
         rows = slice(span.start, span.stop)

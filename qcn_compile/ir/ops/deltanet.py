@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from qcn_compile.ir.batch import Batch
-from qcn_compile.ir.optable import op, same
 from qcn_compile.ir.ops.norm import rms
+from qcn_compile.ir.optable import op, same
 from qcn_compile.ir.types import TensorType, size_of
 
 L2_EPS = 1e-6
