@@ -1,6 +1,6 @@
 """fold-layout: the channel shuffling after a projection becomes an order of the projection's weight rows.
 
-A checkpoint interleaves channels (q, k, v and z of one key head side by side). The model untangles them with views. These
+A checkpoint interleaves channels (q, k, v and z of a key head side by side). The model untangles them with views. These
 are folded into the weight: each thing that leaves the shuffle is then one contiguous slice of the projection.
 """
 

@@ -1,7 +1,7 @@
 """select-quantization: how every weight is stored, and why.
 
 Weights of matrix products and experts take the asked format. Sensitive ones keep the base dtype: the router, the gates
-of DeltaNet (small, and their error is not averaged away), the embedding table (a look-up, not a product). Vectors (norms,
+of DeltaNet (small, and their error is not averaged away), the embedding table (a look-up, no product). Vectors (norms,
 convolution, decay) stay in fp32.
 """
 

@@ -18,7 +18,7 @@ def _table(positions: TensorType, inv_freq: TensorType, **_: object) -> tuple[Te
 
 @op("rope_table", "positions, inv_freq", scaling=float, infer=_table)
 def rope_table(positions: Tensor, inv_freq: Tensor, *, scaling: float) -> tuple[Tensor, Tensor]:
-    """cos and sin of positions x inv_freq, times `scaling` (YaRN's). positions i32 [T], inv_freq [R/2] -> f32 [T, R/2]."""
+    """cos, sin of positions x inv_freq, times `scaling` (YaRN). positions i32 [T], inv_freq [R/2] -> f32 [T, R/2]."""
     angle = positions.float()[:, None] * inv_freq.float()
     return angle.cos() * scaling, angle.sin() * scaling
 
@@ -37,7 +37,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, context: int, scale: float, causal: bool = True) -> Tensor:
-    """softmax(scale q k^T) v of one sequence; query i sees keys 0..context+i. q [n,Hq,D], k, v [m,Hkv,D] -> [n,Hq,D]."""
+    """softmax(scale q k^T) v of one sequence; query i sees keys 0..context+i. q [n,Hq,D], k, v [m,Hkv,D] -> q-like."""
     repeat = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(repeat, 1).to(q.dtype), v.repeat_interleave(repeat, 1).to(q.dtype)
     scores = torch.einsum("nhd,mhd->hnm", q, k) * scale
