@@ -1,0 +1,65 @@
+"""The CPU target: x86-64 through TVM and LLVM, fp32 activations, weights in f32, bf16, int8 or int4."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from math import prod
+from pathlib import Path
+
+import numpy as np
+
+from qcn_compile.errors import LoweringError
+from qcn_compile.ir.graph import Op
+from qcn_compile.ir.types import StateKind, StateType, TensorType
+from qcn_compile.targets.base import Bucket, Call, Encoding, Kernel, Operand
+from qcn_compile.targets.spec import Hardware
+from qcn_compile.targets.tvm import lowering, processor
+from qcn_compile.targets.tvm.packing import pack
+
+PAGE = 32  # tokens of a KV page; kernels score 16 keys at a time
+KEYS = 16
+
+
+class CpuTarget:
+    """Compiles for the processor it runs on, or for a named one (`mcpu`: an entry of data/cpu.toml or LLVM's name)."""
+
+    name = "cpu"
+    kind = "cpu"
+
+    def __init__(self, mcpu: str | None = None, page_size: int = PAGE) -> None:
+        if page_size % KEYS:
+            raise LoweringError(f"page size {page_size}: the CPU kernels need a multiple of {KEYS}")
+        self.hardware: Hardware = processor.resolve(mcpu)
+        self.page_size = page_size
+
+    def describe(self) -> dict[str, object]:
+        """What the manifest records of the machine."""
+        return {"mcpu": processor.llvm_name(self.hardware), "features": list(self.hardware.features)}
+
+    def lower(self, op: Op, operands: Sequence[Operand | None], results: Sequence[TensorType],
+              bucket: Bucket) -> list[Call]:
+        """The kernel calls that compute `op`. Raises LoweringError naming the op, its location and the cure."""
+        avx2 = "avx2" in self.hardware.features
+        return lowering.lower(lowering.Site(op, operands, results, bucket, self.page_size, avx2))
+
+    def pack(self, layout: str, encoding: Encoding, weight: np.ndarray) -> dict[str, np.ndarray]:
+        """A float32 weight in the kernel's layout: part name -> 1-D array, a multiple of 64 bytes each."""
+        return pack(layout, encoding, weight)
+
+    def cache_unit(self, state: StateType, page_size: int) -> tuple[tuple[int, ...], int]:
+        """kv: ([heads, dim, page], bytes of keys and values); conv: [W-1, C]; delta: [Hv, Dk, Dv]. All in f32."""
+        if state.kind is StateKind.kv:
+            if page_size != self.page_size:
+                raise LoweringError(f"page size {page_size}: this target was made for {self.page_size}; "
+                                    f"use CpuTarget(page_size={page_size})")
+            heads, dim = state.shape
+            return (heads, dim, page_size), 2 * 4 * heads * dim * page_size
+        shape = (state.shape[1], state.shape[0]) if state.kind is StateKind.conv else state.shape
+        return shape, 4 * prod(shape)
+
+    def emit(self, kernels: Sequence[Kernel], folder: Path,
+             progress: Callable[[int, int], None] | None = None) -> list[str]:
+        """libqcnhost.so, libkernels.so, and their sources beside them; returns the libraries, the host first."""
+        from qcn_compile.targets.tvm.emit import emit
+
+        return emit(kernels, folder, self.hardware, progress)

@@ -1,0 +1,117 @@
+"""What a stored number means: quantisation of weights and of activations, in plain NumPy.
+
+Weights are cut along K into groups of 32; a group shares one f16 scale. `dequantize(quantize(w))` is the weight that a
+kernel multiplies with, so it is the reference of every quantised kernel and of the IR op that encodes a weight.
+
+    int8   codes -127..127, scale = max|w| / 127
+    int4   codes -8..7, scale = -(the value of largest magnitude) / 8, so that this value is hit exactly (as in Q4_0)
+    bf16   codes are bit patterns, rounded to nearest even; no scales
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from qcn_compile.errors import UsageError
+from qcn_compile.targets.base import Encoding
+
+GROUP = 32
+FORMATS = ("f32", "bf16", "int8", "int4")
+TINY = np.float32(1e-30)  # groups smaller than this are all zero
+F16_MAX = np.float32(65504.0)
+
+
+def check(encoding: Encoding) -> None:
+    """Raises UsageError, naming the cure, for an encoding that no kernel reads."""
+    if encoding.format not in FORMATS:
+        raise UsageError(f"weight format {encoding.format!r} is unknown here; choose one of {', '.join(FORMATS)}")
+    if encoding.activations not in ("f32", "int8"):
+        raise UsageError(f"activations {encoding.activations!r} are unknown here; choose f32 or int8")
+    if quantized(encoding) and encoding.group != GROUP:
+        raise UsageError(f"group {encoding.group} is not supported on the CPU; use group 32")
+    if not quantized(encoding) and encoding.activations != "f32":
+        raise UsageError(f"{encoding.format} weights need f32 activations; int8 activations go with int8 or int4 weights")
+
+
+def quantized(encoding: Encoding) -> bool:
+    """Whether weights are codes with scales."""
+    return encoding.format in ("int8", "int4")
+
+
+def padded(size: int, multiple: int = GROUP) -> int:
+    """`size` rounded up."""
+    return -(-size // multiple) * multiple
+
+
+def groups(w: np.ndarray) -> np.ndarray:
+    """[..., K] as f32 [..., ceil(K/32), 32], filled up with zeros."""
+    w = np.asarray(w, np.float32)
+    size = w.shape[-1]
+    if size % GROUP:
+        w = np.concatenate([w, np.zeros((*w.shape[:-1], padded(size) - size), np.float32)], -1)
+    return w.reshape(*w.shape[:-1], -1, GROUP)
+
+
+def quantize(w: np.ndarray, encoding: Encoding) -> tuple[np.ndarray, np.ndarray | None]:
+    """f32 [..., K] -> (codes, scales): int8 [..., K padded to 32] and f16 [..., groups] for int8 and int4,
+    uint16 [..., K] and None for bf16, f32 [..., K] and None for f32."""
+    check(encoding)
+    if encoding.format == "f32":
+        return np.asarray(w, np.float32), None
+    if encoding.format == "bf16":
+        return to_bf16(w), None
+    blocks = groups(w)
+    extreme = np.take_along_axis(blocks, np.abs(blocks).argmax(-1)[..., None], -1)[..., 0]
+    scales = np.abs(extreme) / np.float32(127) if encoding.format == "int8" else extreme / np.float32(-8)
+    scales = np.clip(scales, -F16_MAX, F16_MAX).astype(np.float16)
+    wide = scales.astype(np.float32)
+    inverse = np.divide(1, wide, out=np.zeros_like(wide), where=np.abs(wide) > TINY)
+    low, high = (-127, 127) if encoding.format == "int8" else (-8, 7)
+    codes = np.clip(np.rint(blocks * inverse[..., None]), low, high).astype(np.int8)
+    return codes.reshape(*codes.shape[:-2], -1), scales
+
+
+def dequantize(codes: np.ndarray, scales: np.ndarray | None, encoding: Encoding, size: int) -> np.ndarray:
+    """The f32 values [..., size] that codes stand for."""
+    if encoding.format == "f32":
+        return codes
+    if encoding.format == "bf16":
+        return from_bf16(codes)
+    if scales is None:
+        raise UsageError(f"{encoding.format} codes come with scales; none were given")
+    blocks = codes.reshape(*codes.shape[:-1], -1, GROUP).astype(np.float32) * scales.astype(np.float32)[..., None]
+    return blocks.reshape(*codes.shape)[..., :size]
+
+
+def encode(w: np.ndarray, encoding: Encoding) -> np.ndarray:
+    """The weight as kernels see it: dequantize(quantize(w))."""
+    codes, scales = quantize(w, encoding)
+    return dequantize(codes, scales, encoding, np.asarray(w).shape[-1])
+
+
+def quantize_activations(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """f32 [..., K] -> (int8 codes [..., K padded], f32 scales [..., groups]), scale = max|x| / 127 in each group of 32."""
+    blocks = groups(x)
+    most = np.abs(blocks).max(-1)
+    inverse = np.divide(np.float32(127), most, out=np.zeros_like(most), where=most > TINY)
+    codes = np.rint(blocks * inverse[..., None]).astype(np.int8)
+    return codes.reshape(*codes.shape[:-2], -1), most / np.float32(127)
+
+
+def encode_activations(x: np.ndarray) -> np.ndarray:
+    """x after a round trip through int8: what a kernel with int8 activations multiplies."""
+    codes, scales = quantize_activations(x)
+    blocks = codes.reshape(*scales.shape, GROUP).astype(np.float32) * scales[..., None]
+    return blocks.reshape(codes.shape)[..., :np.asarray(x).shape[-1]]
+
+
+def to_bf16(w: np.ndarray) -> np.ndarray:
+    """Bit patterns of f32 rounded to bf16, nearest even. NaN stays NaN."""
+    bits = np.ascontiguousarray(w, np.float32).view(np.uint32)
+    rounded = (bits + (0x7FFF + ((bits >> 16) & 1))) >> 16
+    return np.where(np.isnan(w), 0x7FC0, rounded).astype(np.uint16)
+
+
+def from_bf16(bits: np.ndarray) -> np.ndarray:
+    """f32 of bf16 bit patterns."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)

@@ -1,0 +1,48 @@
+"""The null target: it lowers and packs like the CPU, and compiles everything to nothing. For looking at plans."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from qcn_compile.ir.graph import Op
+from qcn_compile.ir.types import StateType, TensorType
+from qcn_compile.targets.base import Bucket, Call, Encoding, Kernel, Operand
+from qcn_compile.targets.cpu import CpuTarget
+
+
+class NullTarget:
+    """Every launch is planned, none can run; weights take no bytes."""
+
+    name = "null"
+    kind = "null"
+
+    def __init__(self) -> None:
+        self._cpu = CpuTarget("x86-64-v3")
+
+    def describe(self) -> dict[str, object]:
+        """What the manifest records of the machine."""
+        return {}
+
+    def lower(self, op: Op, operands: Sequence[Operand | None], results: Sequence[TensorType],
+              bucket: Bucket) -> list[Call]:
+        """The CPU's launches."""
+        return self._cpu.lower(op, operands, results, bucket)
+
+    def pack(self, layout: str, encoding: Encoding, weight: np.ndarray) -> dict[str, np.ndarray]:
+        """One line of zeros for each part."""
+        parts = ("w", "s") if encoding.format in ("int8", "int4") and layout in ("tiles", "gate_up") else ("w",)
+        return {part: np.zeros(64, np.uint8) for part in parts}
+
+    def cache_unit(self, state: StateType, page_size: int) -> tuple[tuple[int, ...], int]:
+        """The CPU's layout."""
+        return self._cpu.cache_unit(state, page_size)
+
+    def emit(self, kernels: Sequence[Kernel], folder: Path,
+             progress: Callable[[int, int], None] | None = None) -> list[str]:
+        """No libraries: the runtime says that such a build runs nothing."""
+        if progress is not None:
+            progress(len(kernels), len(kernels))
+        return []

@@ -1,0 +1,92 @@
+"""Kernels to shared libraries: TVMScript text, LLVM object code, and the small host library, byte for byte repeatable."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from qcn_compile.errors import LoweringError
+from qcn_compile.targets.base import Kernel
+from qcn_compile.targets.spec import Hardware
+from qcn_compile.targets.tvm.processor import llvm_name, llvm_target
+
+HERE = Path(__file__).parent
+HOST, KERNELS = "libqcnhost.so", "libkernels.so"
+LINK = ("-shared", "-fPIC", "-Wl,--build-id=none", "-Wl,-Bsymbolic", "-Wl,-z,noexecstack")
+Progress = Callable[[int, int], None]
+
+
+def emit(kernels: Sequence[Kernel], folder: Path, chip: Hardware, progress: Progress | None = None) -> list[str]:
+    """Write both libraries, host.c and source/<kernel>.py under `folder`; returns [host library, kernel library]."""
+    folder.mkdir(parents=True, exist_ok=True)
+    build_host(folder)
+    functions = sources(kernels, chip, progress)
+    write_sources(functions, folder / "source")
+    with tempfile.TemporaryDirectory() as scratch:
+        compile_object(functions, chip).write_to_file(str(Path(scratch) / "kernels.o"))
+        shutil.copyfile(HERE / "glue.c", Path(scratch) / "glue.c")
+        run_compiler(["-O2", *LINK, "-o", str((folder / KERNELS).resolve()), "kernels.o", "glue.c", "-lm"], scratch)
+    return [HOST, KERNELS]
+
+
+def sources(kernels: Sequence[Kernel], chip: Hardware, progress: Progress | None = None) -> dict[str, Any]:
+    """PrimFuncs by symbol, in a fixed order."""
+    from qcn_compile.targets.tvm.kernels import source
+    from qcn_compile.targets.tvm.kernels.core import Machine
+
+    machine = Machine.of(chip.features)
+    ordered = sorted(set(kernels), key=lambda kernel: kernel.symbol)
+    functions = {}
+    for done, kernel in enumerate(ordered, 1):
+        functions[kernel.symbol] = source(kernel, machine)
+        if progress is not None:
+            progress(done, len(ordered))
+    return functions
+
+
+def write_sources(functions: dict[str, Any], folder: Path) -> None:
+    """TVMScript of every kernel, to be read."""
+    folder.mkdir(exist_ok=True)
+    for symbol, function in functions.items():
+        (folder / f"{symbol}.py").write_text(function.script() + "\n", encoding="utf-8")
+
+
+def compile_object(functions: dict[str, Any], chip: Hardware) -> Any:
+    """The LLVM module of all kernels."""
+    import tvm
+
+    return tvm.compile(tvm.IRModule(functions), llvm_target(llvm_name(chip))).mod
+
+
+def build_host(folder: Path) -> None:
+    """host.c and the library made from it."""
+    shutil.copyfile(HERE / "host.c", folder / "host.c")
+    flags = ["-O2", "-std=gnu11", "-fvisibility=hidden", *LINK, "-o", HOST, "host.c", "-lpthread", "-ldl"]
+    run_compiler(flags, str(folder))
+
+
+def compiler() -> list[str]:
+    """The C compiler: $CC, gcc or cc."""
+    if command := shlex.split(os.environ.get("CC", "")):
+        return command
+    for name in ("gcc", "cc", "clang"):
+        if shutil.which(name):
+            return [name]
+    raise LoweringError("no C compiler found to link the kernels; install gcc or clang, or set CC")
+
+
+def run_compiler(arguments: Sequence[str], folder: str) -> None:
+    """Run the C compiler in `folder`. Raises LoweringError with its last words."""
+    command = [*compiler(), *arguments]
+    try:
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise LoweringError(f"cannot run the C compiler {command[0]}: {error}; install gcc, or set CC") from None
+    if done.returncode != 0:
+        raise LoweringError(f"the C compiler failed: {done.stderr.strip()[-800:]}; check CC ({command[0]})")

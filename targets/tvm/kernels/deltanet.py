@@ -1,0 +1,193 @@
+"""Gated DeltaNet: convolution, gates and norms in one kernel; delta rule and gated norm in another.
+
+The columns of a state [Dk, Dv] never meet, so a block of columns stays in the first cache while all tokens of the
+sequence pass. The arithmetic of a token is the same for one token and for a thousand: prefill and decode agree bit by bit.
+"""
+
+from __future__ import annotations
+
+from tvm.tirx.script.builder import ir as T
+
+from qcn_compile.targets.tvm.kernels import math
+from qcn_compile.targets.tvm.kernels.core import (Arrays, Branch, Expr, Function, Machine, f32, let, local, loop,
+                                                  parallel, splat, when, wide)
+from qcn_compile.targets.tvm.kernels.loops import reduce_row, sweep
+from qcn_compile.targets.tvm.kernels.norm import inverse_rms
+
+L2_EPS = 1e-6
+SPANS = {"cu_seqlens": "int32", "context_lens": "int32", "slots": "int32", "counts": "int32"}
+
+
+def span(a: Arrays, s: Expr) -> tuple[Expr, Expr, Expr, Expr]:
+    """First token, end, slot of sequence s, and whether its state starts from zeros."""
+    return (let("begin", a.cu_seqlens[s]), let("end", a.cu_seqlens[s + 1]), let("slot", wide(a.slots[s])),
+            let("fresh", a.context_lens[s] == 0))
+
+
+def delta_conv(symbol: str, m: Machine, *, key_heads: int, value_heads: int, key_dim: int, value_dim: int, taps: int,
+               stride_x: int, stride_a: int, stride_b: int) -> Function:
+    """mixed = silu(conv(x)), q and k heads L2-normalised (q also / sqrt(Dk)); gates [T, 2, Hv] = exp(g), beta.
+
+    Work item: (sequence, head); the last head of each sequence is the gates. conv state [slots, taps-1, C].
+    """
+    f = Function(symbol, x="float32", b="float32", a="float32", w="float32", decay="float32", dt_bias="float32",
+                 conv="float32", mixed="float32", gates="float32", **SPANS)
+    channels, heads = 2 * key_heads * key_dim + value_heads * value_dim, 2 * key_heads + value_heads
+    with f as a, parallel("item", a.counts[1] * (heads + 1)) as item:
+        s, h = let("s", T.floordiv(item, heads + 1)), let("h", T.floormod(item, heads + 1))
+        begin, end, slot, fresh = span(a, s)
+        conv = Conv(a, m, channels, taps, stride_x, begin, end, slot * ((taps - 1) * channels), fresh)
+        with when(h < 2 * key_heads):
+            first = let("first", h * key_dim)
+            conv.run(first, key_dim)
+            scale = let("qk", T.Select(h < key_heads, T.float32(key_dim ** -0.5), T.float32(1.0)))
+            with loop("t", end, begin) as t:
+                _l2_norm(a, m, t * channels + first, key_dim, scale)
+        with when(T.And(h >= 2 * key_heads, h < heads)):
+            conv.run(let("first", 2 * key_heads * key_dim + (h - 2 * key_heads) * value_dim), value_dim)
+        with when(h == heads), loop("t", end, begin) as t:
+            _gates(a, m, t, value_heads, stride_a or value_heads, stride_b or value_heads)
+    return f
+
+
+class Conv:
+    """Depthwise causal convolution and silu of one sequence, the last taps-1 inputs kept in registers."""
+
+    def __init__(self, a: Arrays, m: Machine, channels: int, taps: int, stride: int, begin: Expr, end: Expr,
+                 state: Expr, fresh: Expr) -> None:
+        self.a, self.m, self.channels, self.taps, self.stride = a, m, channels, taps, stride or channels
+        self.begin, self.end, self.state, self.fresh = begin, end, state, fresh
+
+    def run(self, first: Expr, width: int) -> None:
+        """Channels first .. first+width, the state included."""
+        sweep(width, self.m.lanes, lambda i, n: self._columns(first + i, n))
+
+    def _columns(self, c: Expr, n: int) -> None:
+        a, past = self.a, local("past", "float32", (self.taps - 1) * n)
+        for i in range(self.taps - 1):
+            past[i * n, n] = f32(0.0, n)
+        with when(T.Not(self.fresh)):
+            for i in range(self.taps - 1):
+                past[i * n, n] = a.conv[self.state + i * self.channels + c, n]
+        with loop("t", self.end, self.begin) as t:
+            x = let("x", a.x[t * self.stride + c, n])
+            y = f32(0.0, n)
+            for i in range(self.taps - 1):
+                y = T.fma(a.w[i * self.channels + c, n], past[i * n, n], y)
+            y = T.fma(a.w[(self.taps - 1) * self.channels + c, n], x, y)
+            a.mixed[t * self.channels + c, n] = math.silu(y)
+            for i in range(self.taps - 2):
+                past[i * n, n] = past[(i + 1) * n, n]
+            past[(self.taps - 2) * n, n] = x
+        for i in range(self.taps - 1):
+            a.conv[self.state + i * self.channels + c, n] = past[i * n, n]
+
+
+def _l2_norm(a: Arrays, m: Machine, start: Expr, width: int, factor: Expr) -> None:
+    """mixed[start : start+width] *= factor / sqrt(sum of squares + 1e-6)."""
+    def term(i: Expr, n: int) -> Expr:
+        v = let("v", a.mixed[start + i, n])
+        return v * v
+
+    square = reduce_row("square", width, m.lanes, term)
+    scale = let("scale", factor / T.sqrt(square + T.float32(L2_EPS)))
+    sweep(width, m.lanes, lambda i, n: a.mixed.__setitem__((start + i, n), a.mixed[start + i, n] * splat(scale, n)))
+
+
+def _gates(a: Arrays, m: Machine, t: Expr, heads: int, stride_a: int, stride_b: int) -> None:
+    """gates[t, 0] = exp(decay * softplus(a + dt_bias)), gates[t, 1] = sigmoid(b)."""
+    def body(i: Expr, n: int) -> None:
+        g = a.decay[i, n] * math.softplus(a.a[t * stride_a + i, n] + a.dt_bias[i, n])
+        a.gates[t * (2 * heads) + i, n] = math.exp(g)
+        a.gates[t * (2 * heads) + heads + i, n] = math.sigmoid(a.b[t * stride_b + i, n])
+
+    sweep(heads, m.lanes, body)
+
+
+def delta_rule(symbol: str, m: Machine, *, key_heads: int, value_heads: int, key_dim: int, value_dim: int, eps: float,
+               stride_z: int) -> Function:
+    """S <- a S; u = beta (v - S^T k); S <- S + k u^T; o = S^T q; y = rms_norm(o, w) * silu(z).
+
+    Work item: (sequence, value head). delta state [slots, Hv, Dk, Dv], a = exp(g).
+    """
+    f = Function(symbol, mixed="float32", gates="float32", z="float32", w="float32", delta="float32", y="float32",
+                 **SPANS)
+    with f as a, parallel("item", a.counts[1] * value_heads) as item:
+        s, h = let("s", T.floordiv(item, value_heads)), let("h", T.floormod(item, value_heads))
+        begin, end, slot, fresh = span(a, s)
+        state = let("state", (slot * value_heads + h) * (key_dim * value_dim))
+        with when(fresh):
+            sweep(key_dim * value_dim, m.lanes, lambda i, n: a.delta.__setitem__((state + i, n), f32(0.0, n)))
+        rule = Rule(a, m, key_heads, value_heads, key_dim, value_dim, h, state)
+        lanes = 4 * m.lanes if value_dim % (4 * m.lanes) == 0 else m.lanes
+
+        def columns(c: Expr, n: int) -> None:
+            with loop("t", end, begin) as t:
+                rule.token(t, c, n)
+
+        sweep(value_dim, lanes, columns)
+        with loop("t", end, begin) as t:
+            _gated_norm(a, m, let("row", (t * value_heads + h) * value_dim),
+                        let("gate", t * (stride_z or value_heads * value_dim) + h * value_dim), value_dim, eps)
+    return f
+
+
+class Rule:
+    """One token of the delta rule on n columns of one head's state."""
+
+    def __init__(self, a: Arrays, m: Machine, key_heads: int, value_heads: int, key_dim: int, value_dim: int, h: Expr,
+                 state: Expr) -> None:
+        self.a, self.key_dim, self.value_dim, self.value_heads, self.h, self.state = (a, key_dim, value_dim,
+                                                                                      value_heads, h, state)
+        head = let("key_head", T.floordiv(h, value_heads // key_heads))
+        self.q, self.k = head * key_dim, (key_heads + head) * key_dim
+        self.v = 2 * key_heads * key_dim + h * value_dim
+        self.channels = 2 * key_heads * key_dim + value_heads * value_dim
+        self.lanes = m.lanes
+
+    def token(self, t: Expr, c: Expr, n: int) -> None:
+        a, lanes = self.a, min(n, self.lanes)
+        row = let("row", t * self.channels)
+        fade = splat(let("fade", a.gates[t * (2 * self.value_heads) + self.h]), lanes)
+        beta = splat(let("beta", a.gates[t * (2 * self.value_heads) + self.value_heads + self.h]), lanes)
+        u, o = local("u", "float32", 2 * n), local("o", "float32", n)
+        u[0, 2 * n], o[0, n] = f32(0.0, 2 * n), f32(0.0, n)
+        self._read(row, c, n, u)
+        for v in range(0, n, lanes):
+            seen = (u[v, lanes] + u[n + v, lanes]) * fade
+            u[v, lanes] = (a.mixed[row + self.v + c + v, lanes] - seen) * beta
+        with loop("i", self.key_dim) as i:
+            k = splat(let("ki", a.mixed[row + self.k + i]), lanes)
+            q = splat(let("qi", a.mixed[row + self.q + i]), lanes)
+            at = let("at", self.state + i * self.value_dim + c)
+            for v in range(0, n, lanes):
+                new = let("new", T.fma(k, u[v, lanes], a.delta[at + v, lanes] * fade))
+                a.delta[at + v, lanes] = new
+                o[v, lanes] = T.fma(new, q, o[v, lanes])
+        a.y[(t * self.value_heads + self.h) * self.value_dim + c, n] = o[0, n]
+
+    def _read(self, row: Expr, c: Expr, n: int, u: object) -> None:
+        """u = S^T k in two chains, even and odd rows of S; u is [2, n]."""
+        lanes = min(n, self.lanes)
+
+        def step(i: Expr, chain: int) -> None:
+            k = splat(let("ki", self.a.mixed[row + self.k + i]), lanes)
+            at = let("at", self.state + i * self.value_dim + c)
+            for v in range(0, n, lanes):
+                u[chain * n + v, lanes] = T.fma(self.a.delta[at + v, lanes], k, u[chain * n + v, lanes])
+
+        with loop("i", self.key_dim // 2) as i:
+            step(i * 2, 0)
+            step(i * 2 + 1, 1)
+        if self.key_dim % 2:
+            step(self.key_dim - 1, 0)
+
+
+def _gated_norm(a: Arrays, m: Machine, row: Expr, gate: Expr, width: int, eps: float) -> None:
+    """y[row:] = rms_norm(y[row:], w) * silu(z[gate:]) in place."""
+    scale = inverse_rms(a.y, row, width, eps, m)
+
+    def body(i: Expr, n: int) -> None:
+        a.y[row + i, n] = a.y[row + i, n] * splat(scale, n) * a.w[i, n] * math.silu(a.z[gate + i, n])
+
+    sweep(width, m.lanes, body)

@@ -1,0 +1,69 @@
+"""Which processor to compile for, and what kernels may use of it."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+from qcn_compile.errors import LoweringError, UsageError
+from qcn_compile.targets.spec import Hardware, catalogue, hardware
+
+CPUINFO = Path("/proc/cpuinfo")
+NEEDS = {  # our feature -> flags of /proc/cpuinfo, and LLVM's names of the same
+    "avx2": (("avx2", "fma", "f16c"), ("avx2", "fma", "f16c")),
+    "avx512": (("avx512f", "avx512bw", "avx512vl", "avx512dq"), ("avx512f", "avx512bw", "avx512vl", "avx512dq")),
+    "vnni": (("avx512_vnni",), ("avx512vnni",)),
+}
+
+
+def resolve(mcpu: str | None) -> Hardware:
+    """The processor of that name; None means this one. Unknown names are looked up in LLVM."""
+    if mcpu in (None, "", "host", "native"):
+        return _host()
+    assert mcpu is not None
+    found = catalogue().get(mcpu)
+    if found is not None and found.kind == "cpu":
+        return replace(found, name=mcpu, mcpu=mcpu)
+    return _from_llvm(mcpu)
+
+
+@cache
+def _host() -> Hardware:
+    if platform.machine() not in ("x86_64", "AMD64"):
+        raise LoweringError(f"this machine is {platform.machine()}: the CPU target compiles for x86-64; "
+                            "name a processor with --mcpu, for example x86-64-v3, to build for another machine")
+    text = CPUINFO.read_text(encoding="utf-8") if CPUINFO.is_file() else ""
+    flags = next((set(line.split(":")[1].split()) for line in text.splitlines() if line.startswith("flags")), set())
+    features = tuple(name for name, (wanted, _) in NEEDS.items() if flags.issuperset(wanted))
+    return replace(hardware("host"), features=features)
+
+
+@cache
+def _from_llvm(mcpu: str) -> Hardware:
+    import tvm
+
+    target = tvm.target.Target({"kind": "llvm", "mtriple": "x86_64-unknown-linux-gnu"})
+    if mcpu not in [str(name) for name in tvm.target.codegen.llvm_get_cpu_archlist(target)]:
+        raise UsageError(f"--mcpu {mcpu}: neither data/cpu.toml nor LLVM knows it; "
+                         f"try {', '.join(sorted(k for k, v in catalogue().items() if v.kind == 'cpu'))}")
+    features = tuple(name for name, (_, wanted) in NEEDS.items()
+                     if all(tvm.target.codegen.llvm_cpu_has_features(w, llvm_target(mcpu)) for w in wanted))
+    return replace(hardware("host"), name=mcpu, mcpu=mcpu, features=features)
+
+
+def llvm_name(chip: Hardware) -> str:
+    """LLVM's name of the processor."""
+    if chip.mcpu:
+        return chip.mcpu
+    import tvm
+
+    return str(tvm.target.codegen.llvm_get_system_cpu())
+
+
+def llvm_target(mcpu: str) -> object:
+    """TVM's target for an LLVM processor name."""
+    import tvm
+
+    return tvm.target.Target({"kind": "llvm", "mtriple": "x86_64-unknown-linux-gnu", "mcpu": mcpu})

@@ -1,0 +1,408 @@
+"""Run ops through the real path (lower, pack, emit, host library) and through the op table, and compare.
+
+A Program is a few ops over named values. `Lab` compiles the kernels of all programs at once and runs them on fresh random
+inputs: results and scratch poisoned with NaN, guards behind every buffer, pointers aligned to 4 bytes only, rows strided
+where the program says so, caches holding NaN wherever nothing was written.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from qcn_compile.ir import ops as _ops  # noqa: F401  (fills the op table)
+from qcn_compile.ir.batch import Batch, Caches
+from qcn_compile.ir.graph import Location, Op, Value
+from qcn_compile.ir.optable import TABLE
+from qcn_compile.ir.types import BatchType, Dim, StateKind, StateRef, StateType, TensorType, parse_type
+from qcn_compile.targets.base import Bucket, Call, Encoding, Kernel, Operand, Ref
+from qcn_compile.targets.cpu import CpuTarget
+from qcn_compile.targets.encoding import encode
+
+GUARD = 24  # elements behind every buffer that must stay as they were
+DECODE = Bucket("decode-8", 8, 8, 8)
+PREFILL = Bucket("prefill-64", 64, 16, 64)
+PROGRAMS: list[Program] = []
+
+
+@dataclass(eq=False)
+class Program:
+    """Ops over named values. Inputs may be strided; ints are drawn from a range; weights carry an encoding."""
+
+    name: str
+    bucket: Bucket = PREFILL
+    values: dict[Value, Any] = field(default_factory=dict)
+    ops: list[Op] = field(default_factory=list)
+    states: dict[str, StateType] = field(default_factory=dict)
+    references: dict[Op, Callable[..., Any]] = field(default_factory=dict)
+    batch: Value = field(default_factory=lambda: Value("batch", BatchType()))
+
+    def __post_init__(self) -> None:
+        PROGRAMS.append(self)
+
+    def input(self, name: str, type_: str, stride: int = 0, ints: tuple[int, Dim | str] | None = None,
+              scale: float = 1.0) -> Value:
+        """A runtime operand; ints=(low, high) draws whole numbers below high (a number or a symbol's name)."""
+        value = Value(name, parse_type(type_))
+        self.values[value] = ("input", stride, ints, scale)
+        return value
+
+    def weight(self, name: str, shape: tuple[int, ...], encoding: Encoding = Encoding(), scale: float = 0.2) -> Value:
+        """A weight of the checkpoint."""
+        value = Value(name, parse_type(f"f32[{','.join(map(str, shape))}]"))
+        self.values[value] = ("weight", encoding, scale)
+        return value
+
+    def state(self, name: str, type_: StateType) -> StateRef:
+        """A cache."""
+        self.states[name] = type_
+        return StateRef(name)
+
+    def op(self, name: str, operands: Sequence[Value | None], reference: Callable[..., Any] | None = None,
+           **attrs: Any) -> Any:
+        """Append an op; returns its result, or a tuple of them."""
+        types = [v.type if v is not None else None for v in operands]
+        found = TABLE[name].infer(*types, **attrs)
+        result_types = found if isinstance(found, tuple) else (found,)
+        op = Op(name, list(operands), [], attrs, Location(f"test.{self.name}"))
+        op.results = [Value(f"{name}.{i}", t, op) for i, t in enumerate(result_types)]
+        self.ops.append(op)
+        if reference is not None:
+            self.references[op] = reference
+        return op.results[0] if len(op.results) == 1 else tuple(op.results)
+
+    def lower(self, target: CpuTarget) -> list[tuple[Op, Call]]:
+        """All launches in order."""
+        return [(op, c) for op in self.ops for c in target.lower(op, [self._operand(v) for v in op.operands],
+                                                                 [v.tensor for v in op.results], self.bucket)]
+
+    def _operand(self, value: Value | None) -> Operand | None:
+        if value is None or isinstance(value.type, BatchType):
+            return None
+        kind = self.values.get(value, ("result", 0))
+        if kind[0] == "weight":
+            return Operand(value.tensor, 0, kind[1])
+        return Operand(value.tensor, kind[1] or _width(value.tensor))
+
+
+def _width(type_: TensorType) -> int:
+    return int(np.prod([int(d) for d in type_.shape[1:]], dtype=np.int64))  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """Sequences of a batch: new tokens and tokens already cached, each."""
+
+    lengths: tuple[int, ...]
+    contexts: tuple[int, ...] = ()
+    rows: int = 1
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return {"T": sum(self.lengths), "S": len(self.lengths), "R": self.rows}
+
+    def context(self, s: int) -> int:
+        return self.contexts[s] if self.contexts else 0
+
+
+@dataclass
+class Outcome:
+    """Results by value, caches in the kernels' layout, and the same from the references."""
+
+    got: list[np.ndarray]
+    want: list[np.ndarray]
+    states: list[tuple[str, np.ndarray, np.ndarray]]
+
+
+class Lab:
+    """Kernels of many programs in one library, and the host to run them."""
+
+    def __init__(self, folder: Path, programs: Sequence[Program], target: CpuTarget | None = None) -> None:
+        self.target = target or CpuTarget()
+        self.launches = {program: program.lower(self.target) for program in programs}
+        kernels: dict[Kernel, None] = {call.kernel: None for calls in self.launches.values() for _, call in calls}
+        self.folder = folder
+        host, library = self.target.emit(list(kernels), folder)
+        self.host = Host(folder / host)
+        self.library = self.host.load(folder / library)
+
+    def run(self, program: Program, ragged: Ragged, threads: int = 1, seed: int = 0) -> Outcome:
+        """Fresh inputs, kernels and references."""
+        trial = Trial(program, ragged, self.target, np.random.default_rng(seed))
+        self.host.start(threads)
+        table = [(call.kernel.symbol, [trial.address(op, ref) for ref in call.args])
+                 for op, call in self.launches[program]]
+        self.host.run(self.library, table)
+        trial.check_guards()
+        return trial.outcome()
+
+    def check(self, program: Program, ragged: Ragged, threads: int = 1, tolerance: float = 2e-5, seed: int = 0,
+              last: int | None = None) -> None:
+        """Results (the `last` ones only, if given) and caches agree with the references."""
+        done = self.run(program, ragged, threads, seed)
+        pairs = list(zip(done.got, done.want, strict=True))
+        for got, want in pairs if last is None else pairs[-last:]:
+            assert_close(got, want, tolerance, program.name)
+        for name, got, want in done.states:
+            assert_close(got, want, tolerance, f"{program.name}, cache {name}")
+
+
+def assert_close(got: np.ndarray, want: np.ndarray, tolerance: float, what: str) -> None:
+    """Equal shapes, no NaN where none is wanted, |got - want| <= tolerance * (largest |want|)."""
+    assert got.shape == want.shape, what
+    assert np.array_equal(np.isnan(got), np.isnan(want)), f"{what}: NaN at {np.argwhere(np.isnan(got) != np.isnan(want))[:4]}"
+    scale = max(float(np.nanmax(np.abs(want), initial=0.0)), 1e-3)
+    error = float(np.nanmax(np.abs(got.astype(np.float64) - want), initial=0.0)) / scale
+    assert error <= tolerance, f"{what}: relative error {error:.3g} > {tolerance:.3g}"
+
+
+class Trial:
+    """The memory of one run."""
+
+    def __init__(self, program: Program, ragged: Ragged, target: CpuTarget, rng: np.random.Generator) -> None:
+        self.program, self.ragged, self.target, self.rng = program, ragged, target, rng
+        self.sizes = ragged.sizes
+        self.buffers: dict[Any, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
+        self.plain: dict[Value, np.ndarray] = {}
+        self._draw_values()
+        self._draw_batch()
+        self._draw_states()
+
+    # ---- inputs ----
+
+    def _shape(self, type_: TensorType) -> tuple[int, ...]:
+        return tuple(d if isinstance(d, int) else d.at(self.sizes) for d in type_.shape)
+
+    def _draw_values(self) -> None:
+        for value, kind in self.program.values.items():
+            shape = self._shape(value.tensor)
+            if kind[0] == "weight":
+                self.plain[value] = (self.rng.standard_normal(shape) * kind[2]).astype(np.float32)
+                continue
+            _, stride, ints, scale = kind
+            if ints is not None:
+                high = self.sizes[ints[1]] if isinstance(ints[1], str) else ints[1]
+                data = self.rng.integers(ints[0], high, shape, dtype=np.int32)
+            else:
+                data = (self.rng.standard_normal(shape) * scale).astype(np.float32)
+            self.plain[value] = data
+            self._place(value, strided(data, stride))
+        for op in self.program.ops:
+            for value in op.results:
+                self._place(value, np.full(self._shape(value.tensor), poison(value.tensor)))
+
+    def _place(self, key: Any, data: np.ndarray) -> np.ndarray:
+        """Copy into a guarded buffer, 4-byte aligned but not 8; returns the view inside."""
+        raw = np.zeros(data.nbytes + 4 * GUARD + 128, np.uint8)
+        start = -raw.ctypes.data % 64 + 4
+        view = raw[start:start + data.nbytes].view(data.dtype).reshape(data.shape)
+        view[...] = data
+        guard = raw[start + data.nbytes:start + data.nbytes + 4 * GUARD]
+        guard[...] = 0xA5
+        self.buffers[key] = (raw, view, guard)
+        return view
+
+    def _draw_batch(self) -> None:
+        lengths, count = self.ragged.lengths, len(self.ragged.lengths)
+        contexts = [self.ragged.context(s) for s in range(count)]
+        self.pages_of = [-(-(c + n) // self.target.page_size) for n, c in zip(lengths, contexts, strict=True)]
+        self.pages, width = sum(self.pages_of) + 2, max([*self.pages_of, 1]) + 1
+        order, at = self.rng.permutation(self.pages), 0
+        table = np.full((count, width), 1 << 30, np.int32)
+        for s, n in enumerate(self.pages_of):
+            table[s, :n] = order[at:at + n]
+            at += n
+        self.slots = count + 2
+        arrays = {"cu_seqlens": np.cumsum([0, *lengths]), "context_lens": contexts, "block_table": table,
+                  "slots": self.rng.permutation(self.slots)[:count], "token_seq": np.repeat(np.arange(count), lengths),
+                  "counts": [self.sizes["T"], count, self.sizes["R"], width]}
+        self.arrays = {name: self._place(("input", name), np.asarray(data, np.int32)) for name, data in arrays.items()}
+
+    def _draw_states(self) -> None:
+        """Reference caches with random contents, and the same in the kernels' layout, NaN where nothing was written."""
+        self.caches = Caches(self.program.states, self.slots, self.pages, self.target.page_size)
+        for name, state in self.program.states.items():
+            for index, store in enumerate(self.caches.data[name]):
+                store.copy_(torch.from_numpy(self.rng.standard_normal(tuple(store.shape)).astype(np.float32)))
+                part = "kv"[index] if state.kind is StateKind.kv else ""
+                data = self._native(state, part, store.numpy().copy())
+                self._poison_unwritten(state, part, data)
+                self._place(("state", name, part), data)
+        self.batch = Batch([int(i) for i in self.arrays["cu_seqlens"]], [int(i) for i in self.arrays["context_lens"]],
+                           [int(i) for i in self.arrays["slots"]],
+                           [[int(p) for p in row] for row in self.arrays["block_table"]], self.caches)
+
+    def _native(self, state: StateType, part: str, data: np.ndarray) -> np.ndarray:
+        """Reference layout to the kernels': kv [pages, page, heads, dim], conv [slots, C, W-1]."""
+        if state.kind is StateKind.conv:
+            data = data.swapaxes(1, 2)
+        elif part:
+            data = data.transpose(0, 2, 3, 1) if part == "k" else data.swapaxes(1, 2)
+        return np.ascontiguousarray(data)
+
+    def _poison_unwritten(self, state: StateType, part: str, data: np.ndarray) -> None:
+        if part:
+            keep = np.zeros((self.pages, self.target.page_size), bool)
+            for s, row in enumerate(self.arrays["block_table"]):
+                for p in range(self.ragged.context(s)):
+                    keep[row[p // self.target.page_size], p % self.target.page_size] = True
+            data.swapaxes(1, 3 if part == "k" else 2)[~keep] = np.nan
+            return
+        for s, slot in enumerate(self.arrays["slots"]):
+            if self.ragged.context(s) == 0:
+                data[slot] = np.nan
+
+    # ---- running ----
+
+    def address(self, op: Op, ref: Ref) -> int:
+        """Where an argument lies."""
+        if ref.kind in ("operand", "result"):
+            value = op.operands[ref.index] if ref.kind == "operand" else op.results[ref.index]
+            return self._at(value)
+        if ref.kind == "input":
+            return self._at(("input", ref.name))
+        if ref.kind == "state":
+            attr = op.attrs[ref.name]
+            assert isinstance(attr, StateRef)
+            return self._at(("state", attr.name, ref.part))
+        key = (id(op), ref.kind, ref.index, ref.name, ref.layout, ref.part)
+        if key not in self.buffers and ref.kind == "scratch":
+            self._place(key, np.full(ref.bytes // 4, np.nan, np.float32))
+        elif key not in self.buffers:
+            self._pack(op, ref)
+        return self._at(key)
+
+    def _pack(self, op: Op, ref: Ref) -> None:
+        value = op.operands[ref.index]
+        encoding = self.program.values[value][1]
+        for part, blob in self.target.pack(ref.layout, encoding, self.plain[value]).items():
+            assert blob.ndim == 1 and blob.nbytes % 64 == 0, ref
+            raw = np.zeros(blob.nbytes + 4096, np.uint8)
+            view = raw[-raw.ctypes.data % 64:][:blob.nbytes]
+            view[...] = blob.view(np.uint8)
+            self.buffers[id(op), "blob", ref.index, ref.name, ref.layout, part] = (raw, view, raw[:0])
+
+    def _at(self, key: Any) -> int:
+        return int(self.buffers[key][1].ctypes.data)
+
+    def check_guards(self) -> None:
+        for key, (_, _, guard) in self.buffers.items():
+            assert (guard == 0xA5).all(), f"wrote behind the end of {key}"
+
+    def outcome(self) -> Outcome:
+        """Kernels' results beside the references'."""
+        known: dict[Value, Any] = {self.program.batch: self.batch}
+        for value, kind in self.program.values.items():
+            data = encode(self.plain[value], kind[1]) if kind[0] == "weight" else self.plain[value]
+            known[value] = torch.from_numpy(np.array(data))
+        got, want = [], []
+        for op in self.program.ops:
+            run = self.program.references.get(op, TABLE[op.name].reference)
+            attrs = {k: v.name if isinstance(v, StateRef) else v for k, v in op.attrs.items()}
+            made = run(*[known[v] if v is not None else None for v in op.operands], **attrs)
+            for value, tensor in zip(op.results, made if isinstance(made, tuple) else (made,), strict=True):
+                known[value] = tensor
+                got.append(self.buffers[value][1].copy())
+                want.append(tensor.numpy())
+        return Outcome(got, want, list(self._states()))
+
+    def _states(self) -> Any:
+        for name, state in self.program.states.items():
+            for index, store in enumerate(self.caches.data[name]):
+                part = "kv"[index] if state.kind is StateKind.kv else ""
+                want = self._native(state, part, store.numpy())
+                got = self.buffers["state", name, part][1]
+                keep = self._written(part)
+                if part:
+                    axis = 3 if part == "k" else 2
+                    yield f"{name}.{part}", got.swapaxes(1, axis)[keep], want.swapaxes(1, axis)[keep]
+                else:
+                    yield name, got[keep], want[keep]
+
+    def _written(self, part: str) -> np.ndarray:
+        """Which (page, position) or slot holds something after the step."""
+        if not part:
+            used = set(int(i) for i in self.arrays["slots"])
+            return np.array([True] * self.slots) if len(used) < self.slots else np.ones(self.slots, bool)
+        keep = np.zeros((self.pages, self.target.page_size), bool)
+        for s, row in enumerate(self.arrays["block_table"]):
+            for p in range(self.ragged.context(s) + self.ragged.lengths[s]):
+                keep[row[p // self.target.page_size], p % self.target.page_size] = True
+        return keep
+
+
+def strided(data: np.ndarray, stride: int) -> np.ndarray:
+    """Rows `stride` elements apart, NaN between them (the last row is not padded)."""
+    width = int(np.prod(data.shape[1:], dtype=np.int64))
+    if stride in (0, width) or len(data) == 0:
+        return data
+    flat = np.full((len(data), stride), np.nan, np.float32)
+    flat[:, :width] = data.reshape(len(data), width)
+    return flat.reshape(-1)[:stride * (len(data) - 1) + width]
+
+
+def poison(type_: TensorType) -> Any:
+    """What an unwritten result holds."""
+    return np.float32(np.nan) if type_.dtype.is_float else np.int32(-1 << 30)
+
+
+class Any16(ctypes.Structure):
+    """QcnAny."""
+
+    _fields_ = (("type_index", ctypes.c_int32), ("padding", ctypes.c_int32), ("pointer", ctypes.c_uint64))
+
+
+class Launch(ctypes.Structure):
+    """QcnLaunch."""
+
+    _fields_ = (("fn", ctypes.c_void_p), ("args", ctypes.POINTER(Any16)), ("n_args", ctypes.c_int32),
+                ("reserved", ctypes.c_int32))
+
+
+class Host:
+    """libqcnhost.so through ctypes alone."""
+
+    def __init__(self, path: Path) -> None:
+        self.c = ctypes.CDLL(str(path))
+        self.c.qcn_host_load.restype = self.c.qcn_host_symbol.restype = ctypes.c_void_p
+        self.c.qcn_host_load.argtypes = [ctypes.c_char_p]
+        self.c.qcn_host_symbol.argtypes = [ctypes.c_void_p, ctypes.c_char_p]
+        self.c.qcn_host_run.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p]
+        self.c.qcn_host_error.restype = ctypes.c_char_p
+        self.threads = 0
+
+    def start(self, threads: int) -> None:
+        """Have a pool of that many threads."""
+        if threads != self.threads:
+            self.c.qcn_host_shutdown()
+            assert self.c.qcn_host_init(threads, 0) == 0, self.error()
+            self.threads = threads
+
+    def load(self, path: Path) -> int:
+        library = self.c.qcn_host_load(str(path).encode())
+        assert library, self.error()
+        return int(library)
+
+    def error(self) -> str:
+        return str(self.c.qcn_host_error().decode())
+
+    def table(self, library: int, launches: Sequence[tuple[str, Sequence[int]]]) -> Any:
+        """A launch table; keep it alive while it runs."""
+        rows = (Launch * len(launches))()
+        for row, (symbol, addresses) in zip(rows, launches, strict=True):
+            row.fn = self.c.qcn_host_symbol(library, symbol.encode())
+            assert row.fn, f"no kernel {symbol}"
+            row.args = (Any16 * len(addresses))(*[Any16(4, 0, a) for a in addresses])
+            row.n_args = len(addresses)
+        return rows
+
+    def run(self, library: int, launches: Sequence[tuple[str, Sequence[int]]]) -> None:
+        rows = self.table(library, launches)
+        failed = self.c.qcn_host_run(ctypes.byref(rows), len(rows), None)
+        assert failed == 0, f"launch {failed - 1} ({launches[failed - 1][0]}): {self.error()}"

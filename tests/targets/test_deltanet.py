@@ -1,0 +1,51 @@
+"""The DeltaNet token mixer: outputs and both final states, ragged, with and without earlier tokens."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from harness import DECODE, PREFILL, Lab, Program, Ragged
+
+from qcn_compile.ir.types import DType, StateKind, StateType
+from qcn_compile.targets.base import Bucket
+
+
+def _delta_net(key_heads: int, value_heads: int, key_dim: int, value_dim: int, taps: int, bucket: Bucket,
+               strided: bool = False) -> Program:
+    p = Program(f"delta_net {key_heads}/{value_heads} {key_dim}x{value_dim} taps {taps} {bucket.name}", bucket)
+    channels, width, more = 2 * key_heads * key_dim + value_heads * value_dim, value_heads * value_dim, 9 * strided
+    conv = p.state("conv", StateType(StateKind.conv, DType.f32, (channels, taps - 1)))
+    delta = p.state("delta", StateType(StateKind.delta, DType.f32, (value_heads, key_dim, value_dim)))
+    p.op("delta_net", [
+        p.input("qkv", f"f32[T,{channels}]", stride=channels + more), p.input("z", f"f32[T,{width}]", stride=width + more),
+        p.input("b", f"f32[T,{value_heads}]", stride=value_heads + more),
+        p.input("a", f"f32[T,{value_heads}]", stride=value_heads + 2 * more),
+        p.weight("conv_w", (channels, taps)), p.weight("decay", (value_heads,)), p.weight("dt_bias", (value_heads,)),
+        p.weight("norm_w", (value_dim,), scale=1.0), p.batch], key_heads=key_heads, value_heads=value_heads,
+        key_dim=key_dim, value_dim=value_dim, eps=1e-6, conv=conv, delta=delta)
+    return p
+
+
+PROGRAMS = [
+    _delta_net(2, 4, 16, 32, 4, PREFILL, strided=True), _delta_net(2, 4, 16, 32, 4, DECODE),
+    _delta_net(1, 3, 7, 9, 3, PREFILL), _delta_net(2, 2, 32, 16, 2, DECODE, strided=True),
+]
+BATCHES = [
+    Ragged((1,)), Ragged((1,), (9,)), Ragged((5,)), Ragged((2, 1, 3), (0, 17, 4)), Ragged((1, 1, 1, 1), (3, 0, 1, 2)),
+    Ragged((33, 1, 20), (0, 100, 31)), Ragged((64,), (7,)),
+]
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda p: p.name)
+@pytest.mark.parametrize("ragged", BATCHES, ids=lambda r: f"{r.lengths}+{r.contexts}")
+def test_delta_net(lab: Lab, program: Program, ragged: Ragged) -> None:
+    if ragged.sizes["T"] > program.bucket.tokens:
+        pytest.skip("more tokens than the bucket holds")
+    lab.check(program, ragged, threads=1 + len(ragged.lengths) % 2, seed=len(ragged.lengths), tolerance=5e-5)
+
+
+def test_threads_do_not_change_a_bit(lab: Lab) -> None:
+    one, two = (lab.run(PROGRAMS[0], BATCHES[5], threads, seed=2) for threads in (1, 2))
+    assert np.array_equal(one.got[0], two.got[0])
+    for (_, a, _), (_, b, _) in zip(one.states, two.states, strict=True):
+        assert np.array_equal(a, b, equal_nan=True)

@@ -1,0 +1,126 @@
+"""Matrix products in every weight format against the op table on the encoded weight."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from harness import DECODE, PREFILL, Lab, Program, Ragged, Trial, assert_close
+
+from qcn_compile.ir.optable import TABLE
+from qcn_compile.targets.base import Bucket, Encoding
+from qcn_compile.targets.encoding import encode_activations
+
+ENCODINGS = [Encoding("f32"), Encoding("bf16"), Encoding("int8"), Encoding("int4"),
+             Encoding("int8", 32, "int8"), Encoding("int4", 32, "int8")]
+SHAPES = [(17, 33), (16, 32), (40, 100), (1, 7), (64, 96)]
+
+
+def through_int8(name: str):  # type: ignore[no-untyped-def]
+    """The reference of `name` with x replaced by its int8 round trip."""
+    def run(x: torch.Tensor, *rest: torch.Tensor, **attrs: object) -> torch.Tensor:
+        return TABLE[name].reference(torch.from_numpy(encode_activations(x.numpy())), *rest, **attrs)
+
+    return run
+
+
+def _programs(bucket: Bucket) -> dict[tuple[str, str, int, int], Program]:
+    made = {}
+    for encoding in ENCODINGS:
+        for n, k in SHAPES:
+            p = Program(f"linear {encoding.format} x {encoding.activations} [{n}, {k}] {bucket.name}", bucket)
+            reference = through_int8("linear") if encoding.activations == "int8" else None
+            p.op("linear", [p.input("x", f"f32[T,{k}]", stride=k + 5), p.weight("w", (n, k), encoding)], reference)
+            made[encoding.format, encoding.activations, n, k] = p
+    return made
+
+
+DECODING, PREFILLING = _programs(DECODE), _programs(PREFILL)
+
+
+@pytest.mark.parametrize("key", DECODING, ids=lambda k: f"{k[0]}x{k[1]}-{k[2]}x{k[3]}")
+def test_decode(lab: Lab, key: tuple[str, str, int, int]) -> None:
+    for tokens in (1, 2, 3, 5, 8):
+        lab.check(DECODING[key], Ragged((tokens,)), threads=1 + tokens % 2, seed=tokens)
+
+
+@pytest.mark.parametrize("key", PREFILLING, ids=lambda k: f"{k[0]}x{k[1]}-{k[2]}x{k[3]}")
+def test_prefill(lab: Lab, key: tuple[str, str, int, int]) -> None:
+    for tokens in (1, 6, 7, 13, 64):
+        lab.check(PREFILLING[key], Ragged((tokens,)), threads=1 + tokens % 2, seed=tokens)
+
+
+def _with_addend(name: str, encoding: Encoding) -> Program:
+    p = Program(f"{name} {encoding.format}")
+    x, w = p.input("x", "f32[T,50]"), p.weight("w", (35, 50), encoding)
+    reference = through_int8(name) if encoding.activations == "int8" else None
+    if name == "linear_add":
+        p.op(name, [x, w, p.input("r", "f32[T,35]", stride=64)], reference)
+    else:
+        p.op(name, [x, w, p.weight("bias", (35,))], reference)
+    return p
+
+
+ADDENDS = [_with_addend(name, encoding) for name in ("linear_add", "linear") for encoding in
+           (Encoding("bf16"), Encoding("int4", 32, "int8"))]
+
+
+@pytest.mark.parametrize("program", ADDENDS, ids=lambda p: p.name)
+def test_residual_and_bias(lab: Lab, program: Program) -> None:
+    lab.check(program, Ragged((13,)), threads=2)
+
+
+LAST_ROWS = Program("logits of wanted rows")
+_x = LAST_ROWS.op("gather_rows", [LAST_ROWS.input("x", "f32[T,32]"), LAST_ROWS.input("rows", "i32[R]", ints=(0, "T"))])
+LAST_ROWS.op("linear", [_x, LAST_ROWS.weight("w", (50, 32))])
+
+
+def test_rows_of_another_symbol(lab: Lab) -> None:
+    lab.check(LAST_ROWS, Ragged((9,), rows=3))
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS, ids=lambda e: f"{e.format}x{e.activations}")
+def test_a_token_gets_the_same_bits_alone_and_in_a_batch(lab: Lab, encoding: Encoding) -> None:
+    key = (encoding.format, encoding.activations, 40, 100)
+    many = Trial(PREFILLING[key], Ragged((13,)), lab.target, np.random.default_rng(5))
+    whole = run(lab, PREFILLING[key], many, 2)
+    for t in (0, 6, 12):
+        one = Trial(DECODING[key], Ragged((1,)), lab.target, np.random.default_rng(5))
+        share(many, one, slice(t, t + 1))
+        assert np.array_equal(run(lab, DECODING[key], one, 1)[0], whole[t])
+
+
+def run(lab: Lab, program: Program, trial: Trial, threads: int) -> np.ndarray:
+    """The only result of a program on given memory."""
+    lab.host.start(threads)
+    lab.host.run(lab.library, [(call.kernel.symbol, [trial.address(op, ref) for ref in call.args])
+                               for op, call in lab.launches[program]])
+    return trial.buffers[program.ops[-1].results[0]][1].copy()
+
+
+def share(source: Trial, target: Trial, rows: slice) -> None:
+    """Give `target` the weights of `source` and some of its rows of x."""
+    for mine, theirs in zip(target.program.values, source.program.values, strict=True):
+        if target.program.values[mine][0] == "weight":
+            target.plain[mine] = source.plain[theirs]
+        else:
+            stride = target.program.values[mine][1] or int(target.plain[mine].shape[1])
+            width = target.plain[mine].shape[1]
+            for i, row in enumerate(source.plain[theirs][rows]):
+                target.buffers[mine][1].reshape(-1)[i * stride:i * stride + width] = row
+
+
+@pytest.mark.parametrize("key", [k for k in PREFILLING if k[2:] == (40, 100)], ids=str)
+def test_threads_do_not_change_a_bit(lab: Lab, key: tuple[str, str, int, int]) -> None:
+    one, two = (lab.run(PREFILLING[key], Ragged((13,)), threads, seed=1).got[0] for threads in (1, 2))
+    assert np.array_equal(one, two)
+
+
+def test_zero_rows_of_x_give_zero(lab: Lab) -> None:
+    """A group of zeros has scale 0, not NaN."""
+    program = PREFILLING["int4", "int8", 40, 100]
+    trial = Trial(program, Ragged((3,)), lab.target, np.random.default_rng(0))
+    for value, kind in program.values.items():
+        if kind[0] == "input":
+            trial.buffers[value][1][...] = 0
+    assert_close(run(lab, program, trial, 1), np.zeros((3, 40), np.float32), 0.0, "zeros")
