@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import pty
+import select
 import signal
 import subprocess
 import sys
 import time
 
 import pytest
+
+from qcn_compile.runtime.progress import Progress
 
 COMMAND = [sys.executable, "-m", "qcn_compile.runtime.cli"]
 
@@ -163,3 +168,40 @@ def test_the_first_token_comes_fast(toy_build):
         process.stdout.close()
         process.wait(timeout=30)
     assert best < 1.0
+
+
+def on_terminal(build, *steps):
+    """Run --chat on a pseudo terminal; steps are (text to wait for, bytes to type). Returns its code and last words."""
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.execv(sys.executable, [*COMMAND, str(build), "--threads", "1", "--chat", "--max-tokens", "4"])
+    seen = ""
+    for wait, typed in steps:
+        while wait not in seen:
+            assert select.select([terminal], [], [], 30)[0], f"waited for {wait!r}, saw {seen!r}"
+            seen += os.read(terminal, 4096).decode("utf-8", "replace")
+        seen = seen.partition(wait)[2]
+        os.write(terminal, typed)
+    with contextlib.suppress(OSError):  # how a pseudo terminal says that its last user left
+        while select.select([terminal], [], [], 30)[0]:
+            seen += os.read(terminal, 4096).decode("utf-8", "replace")
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    os.close(terminal)
+    return code, seen
+
+
+def test_chat_on_a_terminal(toy_build):
+    prompts = [("> ", b"hi\r"), ("tok/s", b""), ("> ", b"x y z " * 60 + b"\r"), ("/clear starts afresh", b"")]
+    assert on_terminal(toy_build, *prompts, ("> ", b"\x04"))[0] == 0
+    code, rest = on_terminal(toy_build, *prompts[:2], ("> ", b"\x03"))
+    assert code == 130 and "interrupted" in rest
+
+
+def test_progress_line(capsys):
+    progress = Progress()
+    assert progress.line() == "loading ..."
+    progress.report("reading weights", 5 * 10**9, 10**10)
+    assert progress.line() == f"reading weights [{'#' * 12}{'.' * 12}] 5.0/10.0 GB"
+    with progress:
+        pass
+    assert capsys.readouterr().err == ""
