@@ -62,6 +62,11 @@ class Detokenizer:
         """Whether a stop string was completed."""
         return self._matcher.matched is not None
 
+    @property
+    def matched(self) -> str | None:
+        """The stop string that was completed."""
+        return self._matcher.matched
+
     def push(self, tokens: Iterable[int]) -> str:
         """The text these tokens add, as far as it is certain."""
         return self._matcher.push(self._decoder.decode(b"".join(map(self._token_bytes, tokens))))

@@ -15,7 +15,7 @@ from qcn_compile.runtime.batch import Capacity, Span
 from qcn_compile.runtime.detokenize import Detokenizer
 from qcn_compile.runtime.kv_cache import PageAllocator
 from qcn_compile.runtime.request import FinishReason, Request, SamplingParams
-from qcn_compile.runtime.sampler import Sample, Sampler
+from qcn_compile.runtime.sampler import Constraint, Sample, Sampler
 from qcn_compile.runtime.scheduler import Chunk, Scheduler, SchedulerLimits
 from qcn_compile.runtime.state_slots import SlotAllocator
 
@@ -66,7 +66,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class Output:
-    """What one step added to a request. The last one has a finish reason and the timing."""
+    """What one step added to a request. The last one has a finish reason, timing, and the stop string that ended it."""
 
     request_id: str
     text: str
@@ -74,6 +74,7 @@ class Output:
     finish_reason: FinishReason | None = None
     samples: tuple[Sample, ...] = ()
     timing: Timing | None = None
+    matched_stop: str | None = None
 
 
 @dataclass
@@ -111,9 +112,11 @@ class Engine:
         """Requests that wait or run."""
         return len(self._live)
 
-    def add_request(self, prompt: Sequence[int], params: SamplingParams, request_id: str | None = None) -> str:
+    def add_request(self, prompt: Sequence[int], params: SamplingParams, request_id: str | None = None,
+                    constraint: Constraint | None = None) -> str:
         """Queue token ids; returns the request's id. `max_tokens` is clipped to what the context leaves.
 
+        `constraint` bounds each next token; it must allow an end token where the output may end.
         Raises UsageError for an empty prompt, unknown token ids or an id in use, CapacityError for a prompt longer
         than the context.
         """
@@ -128,7 +131,7 @@ class Engine:
         request = Request(name, prompt, params, min(room, params.max_tokens or room), self._arrivals)
         self._scheduler.add(request)
         self._arrivals += 1
-        sampler = Sampler(params, prompt, self.config.vocab_size)
+        sampler = Sampler(params, prompt, self.config.vocab_size, constraint)
         self._live[name] = _Live(request, sampler, Detokenizer(self._token_bytes, params.stop, params.include_stop))
         return name
 
@@ -198,7 +201,8 @@ class Engine:
             reason = FinishReason.stop
         self._scheduler.finish(live.request, reason)
         del self._live[live.request.id]
-        return Output(live.request.id, text, tuple(s.token for s in samples), reason, samples, live.timing())
+        return Output(live.request.id, text, tuple(s.token for s in samples), reason, samples, live.timing(),
+                      live.detokenizer.matched)
 
 
 def check_tokens(tokens: Sequence[int], vocab_size: int) -> list[int]:

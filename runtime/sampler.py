@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -23,14 +24,28 @@ class Sample:
     top_logprobs: tuple[tuple[int, float], ...] = ()
 
 
+class Constraint(Protocol):
+    """A grammar over one request's output."""
+
+    def allowed(self) -> np.ndarray:
+        """Which tokens may come next, bool [vocab]; at least one."""
+        ...
+
+    def accept(self, token: int) -> None:
+        """The token that was chosen."""
+        ...
+
+
 class Sampler:
     """One request's way of choosing: its parameters, its own random stream, and what it has seen.
 
     One random number is drawn per sampled token and none when greedy, so preemption and batching change nothing.
     """
 
-    def __init__(self, params: SamplingParams, prompt: Sequence[int], vocab_size: int) -> None:
+    def __init__(self, params: SamplingParams, prompt: Sequence[int], vocab_size: int,
+                 constraint: Constraint | None = None) -> None:
         self.params = params
+        self._constraint = constraint
         self._random = random.Random(params.seed)
         self._seen = np.zeros(vocab_size, bool) if params.penalised else None
         self._counts = np.zeros(vocab_size, np.float32) if params.penalised else None
@@ -47,6 +62,8 @@ class Sampler:
             raise DeviceError("the model's logits are not finite numbers: a kernel or the weights are damaged; "
                               "check the build with qcn-run --verify")
         token = best if self.params.greedy else self._draw(row)
+        if self._constraint is not None:
+            self._constraint.accept(token)
         if self._seen is not None and self._counts is not None:
             self._seen[token] = True
             self._counts[token] += 1
@@ -55,9 +72,9 @@ class Sampler:
         return _with_logprobs(token, logits, self.params.logprobs)
 
     def _adjusted(self, logits: np.ndarray) -> np.ndarray:
-        """Bias, then penalties. A copy when anything changes."""
+        """Bias, then penalties, then the grammar. A copy when anything changes."""
         params = self.params
-        if len(self._bias_tokens) == 0 and self._seen is None:
+        if len(self._bias_tokens) == 0 and self._seen is None and self._constraint is None:
             return logits
         row = logits.copy()
         row[self._bias_tokens] += self._bias
@@ -68,13 +85,15 @@ class Sampler:
                 row[self._seen] = seen * factor.astype(np.float32)
             row -= params.frequency_penalty * self._counts
             row -= params.presence_penalty * (self._counts > 0)
+        if self._constraint is not None:
+            row[~self._constraint.allowed()] = -np.inf
         return row
 
     def _draw(self, row: np.ndarray) -> int:
         ids, weights = distribution(row, self.params)
         reached = np.cumsum(weights)
-        index = int(np.searchsorted(reached, self._random.random() * reached[-1], side="right"))
-        index = min(index, len(weights) - 1)
+        drawn = min(self._random.random() * reached[-1], np.nextafter(reached[-1], 0))  # never past the last weight > 0
+        index = int(np.searchsorted(reached, drawn, side="right"))
         return int(index if ids is None else ids[index])
 
 
