@@ -6,7 +6,7 @@ so does a leading axis that only repeats (`expand`). What is left broadcasts as 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,7 @@ class Strided:
     place: tuple[int, ...]
 
 
-Result = Value | list[Value] | Strided
+Result = Value | Strided | Sequence["Result"]
 
 
 def dims(traced: Tensor) -> tuple[Dim, ...]:
@@ -60,7 +60,7 @@ class Call:
     def __init__(self, node: fx.Node, build: Builder, lookup: Callable[[fx.Node], Result]) -> None:
         self.node, self.build, self._lookup = node, build, lookup
         self.args: dict[str, Any] = {}
-        for i, spec in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
+        for i, spec in enumerate(node.target._schema.arguments):
             given = node.args[i] if i < len(node.args) else node.kwargs.get(spec.name, spec.default_value)
             self.args[spec.name] = given
 
@@ -86,7 +86,7 @@ class Call:
     def axis(self, argument: int, operand: fx.Node | None = None) -> int:
         """An axis of the traced operand as an axis of its value; negative when that axis was dropped."""
         source: fx.Node = operand or self.args["self"]
-        rank = source.meta["val"].dim()
+        rank: int = source.meta["val"].dim()
         return argument % rank - (rank - self.value(source).tensor.rank)
 
     def kept_axis(self, argument: int, operand: fx.Node | None = None) -> int:
@@ -126,16 +126,19 @@ def rule(*targets: str) -> Callable[[Rule], Rule]:
 def settle(call: Call, result: Result) -> Result:
     """Strip and check a result against what was traced."""
     traced = call.node.meta["val"]
-    if isinstance(result, list):
-        return [_settled(call, v, t) for v, t in zip(result, traced, strict=True)]
-    return _settled(call, result, traced) if isinstance(result, Value) else result
+    if isinstance(result, Value):
+        return _settled(call, result, traced)
+    if isinstance(result, Sequence):
+        return [_settled(call, v, t) for v, t in zip(result, traced, strict=True) if isinstance(v, Value)]
+    return result
 
 
 def _settled(call: Call, value: Value, traced: Tensor) -> Value:
     shape = dims(traced)
     value = call.build.reshape(value, stripped(value.tensor.shape))
     rank = value.tensor.rank
-    if value.tensor.dtype is not DTYPES[traced.dtype] or value.tensor.shape != shape[len(shape) - rank:]:
+    fits = value.tensor.shape == shape[len(shape) - rank:] and 0 not in shape
+    if value.tensor.dtype is not DTYPES[traced.dtype] or not fits:
         raise IRError(f"imported as {value.type}, but traced as {DTYPES[traced.dtype].value}{list(map(str, shape))}")
     return value
 

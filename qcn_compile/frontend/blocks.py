@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from qcn_compile.errors import ModelError
+
 torch.library.define("qcn::block_begin", "(Tensor[] xs, int kind, str path) -> Tensor[]")
 torch.library.define("qcn::block_end", "(Tensor[] xs, int kind) -> Tensor[]")
 torch.library.define("qcn::block_call", "(Tensor[] xs, int kind, str path, int[] like) -> Tensor[]")
@@ -25,19 +27,21 @@ _SCALARS = (int, float, str, bool, type(None), torch.dtype, tuple, list)
 _POSITION = {"layer_idx", "training"}
 
 
-@torch.library.register_fake("qcn::block_begin")
 def _begin(xs: list[Tensor], kind: int, path: str) -> list[Tensor]:
     return [torch.empty_like(x) for x in xs]
 
 
-@torch.library.register_fake("qcn::block_end")
 def _end(xs: list[Tensor], kind: int) -> list[Tensor]:
     return [torch.empty_like(x) for x in xs]
 
 
-@torch.library.register_fake("qcn::block_call")
 def _call(xs: list[Tensor], kind: int, path: str, like: list[int]) -> list[Tensor]:
     return [torch.empty_like(xs[i]) for i in like]
+
+
+torch.library.register_fake("qcn::block_begin", _begin)
+torch.library.register_fake("qcn::block_end", _end)
+torch.library.register_fake("qcn::block_call", _call)
 
 
 @dataclass
@@ -77,8 +81,11 @@ class _Memo:
         self.kinds: dict[Any, _Kind] = {}
         self.count = 0
 
-    def run(self, shape: Any, path: str, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """One item: traced when it is the first of its kind, called otherwise."""
+    def shared(self, shape: Any, path: str, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """A forward that is traced when its item is the first of its kind, and called otherwise."""
+        return lambda *args, **kwargs: self._run(shape, path, forward, args, kwargs)
+
+    def _run(self, shape: Any, path: str, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         leaves, spec = pytree.tree_flatten((args, kwargs))
         key = (shape, _signature(leaves, spec))
         at = [i for i, x in enumerate(leaves) if isinstance(x, Tensor)]
@@ -90,16 +97,19 @@ class _Memo:
             leaves[i] = x
         inner_args, inner_kwargs = pytree.tree_unflatten(leaves, spec)
         results, outputs = pytree.tree_flatten(forward(*inner_args, **inner_kwargs))
+        if not all(isinstance(x, Tensor) for x in results):
+            raise ModelError(f"{path} returns something other than tensors, so its trace cannot be shared; use "
+                             "share_layers=False")
         like = self._like(results, tensors)
         if like is not None:
             self.kinds[key] = _Kind(number, like, outputs)
         return pytree.tree_unflatten(torch.ops.qcn.block_end(results, number), outputs)
 
     @staticmethod
-    def _like(results: list[Any], tensors: list[Tensor]) -> list[int] | None:
+    def _like(results: list[Tensor], tensors: list[Tensor]) -> list[int] | None:
         """For each result an operand of its type; None when one has none: then the kind is traced anew each time."""
         types = [_type_of(x) for x in tensors]
-        if not all(isinstance(x, Tensor) and _type_of(x) in types for x in results):
+        if not all(_type_of(x) in types for x in results):
             return None
         return [types.index(_type_of(x)) for x in results]
 
@@ -120,11 +130,7 @@ def shared_blocks(model: nn.Module) -> Iterator[None]:
     changed: list[nn.Module] = []
     for path, items in layer_lists(model).items():
         for i, item in enumerate(items):
-            def forward(*args: Any, _shape: Any = fingerprint(item), _path: str = f"{path}.{i}",
-                        _forward: Callable[..., Any] = item.forward, **kwargs: Any) -> Any:
-                return memo.run(_shape, _path, _forward, args, kwargs)
-
-            item.forward = forward  # type: ignore[method-assign]
+            item.forward = memo.shared(fingerprint(item), f"{path}.{i}", item.forward)
             changed.append(item)
     try:
         yield

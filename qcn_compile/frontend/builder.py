@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
+from qcn_compile.errors import IRError
 from qcn_compile.ir.batch import TORCH
 from qcn_compile.ir.graph import Attr, Graph, Location, Op, Value
-from qcn_compile.ir.types import Dim, DType, StateRef, StateType, TensorType
+from qcn_compile.ir.types import Dim, DType, StateRef, StateType, TensorType, product_dim
 from qcn_compile.ir.verify import infer
 
 DTYPES = {torch_dtype: DType(name) for name, torch_dtype in TORCH.items()}
@@ -69,7 +69,9 @@ class Builder:
         return x if x.tensor.dtype is dtype else self.one("cast", [x], dtype=dtype)
 
     def reshape(self, x: Value, shape: tuple[Dim, ...]) -> Value:
-        """`x` under another shape; a reshape of a reshape is one reshape."""
+        """`x` under another shape; a reshape of a reshape is one reshape. Raises IRError when the sizes differ."""
+        if product_dim(x.tensor.shape) != product_dim(shape):
+            raise IRError(f"{x.type} has another number of elements than shape {', '.join(map(str, shape))}")
         while x.tensor.shape != shape and x.op is not None and x.op.name == "reshape":
             (inner,) = x.op.inputs
             x = inner

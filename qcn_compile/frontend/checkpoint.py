@@ -56,7 +56,7 @@ def locate(model: str | None, target_kind: str) -> Located:
 def _default(target_kind: str) -> Located:
     if target_kind == "cpu":
         folder = _ASSETS / "tiny-coder"
-        return Located(folder, folder.name, "no model named: the bundled tiny-coder, a toy for trying things out", folder)
+        return Located(folder, folder.name, "no model named: the bundled tiny-coder, a toy", folder)
     folder = _ASSETS / "qwen3-coder-next"
     note = "no model named: the configuration of Qwen/Qwen3-Coder-Next, whose weights are not bundled"
     return Located(None, "Qwen/Qwen3-Coder-Next", note, folder)
@@ -90,7 +90,8 @@ def _from_hub(name: str) -> Located:
         try:
             return _folder(Path(snapshot_download(name, cache_dir=cache, allow_patterns=_WANTED)), name)
         except Exception as error:  # the hub client raises its own, httpx's and the system's errors
-            tried.append(f"a download from huggingface.co ({type(error).__name__}: {str(error).strip().splitlines()[0]})")
+            reason = str(error).strip().partition("\n")[0]
+            tried.append(f"a download from huggingface.co ({type(error).__name__}: {reason})")
     raise ModelError(f"model {name!r} was not found; tried " + "; ".join(tried)
                      + ". Give a directory, or a name such as Qwen/Qwen3-Coder-Next with network access")
 
@@ -111,14 +112,14 @@ def load_config(folder: Path) -> tuple[PreTrainedConfig, dict[str, Any]]:
         raise ModelError(f"{path}: model_type {kind!r} is not supported; supported are {', '.join(SUPPORTED)}")
     if "quantization_config" in raw:
         method = raw["quantization_config"].get("quant_method", "unknown")
-        raise ModelError(f"{path}: the checkpoint is quantised ({method}), which is not supported; give the bf16 checkpoint "
-                         "and choose the format with --quant")
+        raise ModelError(f"{path}: the checkpoint is quantised ({method}), which is not supported; give the bf16 "
+                         "checkpoint and choose the format with --quant")
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config(decoder=True)
-    except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
-        raise ModelError(f"{path} is not a valid {kind} config: {error}") from error
-    plain = {key: value for key, value in raw.items() if not isinstance(value, dict)}
-    return config, {**raw, **plain, **raw.get("text_config", {})} if "text_config" in raw else raw
+    except Exception as error:  # the config classes and their validators raise errors of many types
+        raise ModelError(f"{path} is not a valid {kind} config: {' '.join(str(error).split())}") from error
+    parts = {key for key in raw if key.endswith("_config")}
+    return config, {**{key: value for key, value in raw.items() if key not in parts}, **raw.get("text_config", {})}
 
 
 def _json(path: Path, cure: str) -> dict[str, Any]:

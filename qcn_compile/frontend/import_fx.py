@@ -89,9 +89,8 @@ class _Importer:
         """Walk the program; the graph."""
         nodes = list(self.program.exported.graph.nodes)
         self._walk(self._gather(nodes), self.outer)
-        (outputs,) = nodes[-1].args
-        for node in outputs:  # type: ignore[union-attr]
-            value = self._look(node, self.outer)  # type: ignore[arg-type]
+        for node in _nodes(nodes[-1].args[0]):
+            value = self._look(node, self.outer)
             if not isinstance(value, Value):
                 raise IRError(f"output {node} is no tensor")
             self.graph.outputs.append(value)
@@ -105,7 +104,7 @@ class _Importer:
         for node in nodes:
             kind = str(node.target)
             if kind == "qcn.block_begin.default":
-                body = self.bodies[node.args[1]] = _Body(node, str(node.args[2]))  # type: ignore[index]
+                body = self.bodies[node.args[1]] = _Body(node, str(node.args[2]))
             elif kind == "qcn.block_end.default" and body is not None:
                 body.end, body = node, None
                 rest.append(node)
@@ -119,27 +118,26 @@ class _Importer:
                 continue
             kind = str(node.target)
             if kind == "qcn.block_end.default":
-                body = self.bodies[node.args[1]]  # type: ignore[index]
+                body = self.bodies[node.args[1]]
                 scope.values[node] = self._expand(body, body.begin.args[0], body.path, scope)
             elif kind == "qcn.block_call.default":
-                body = self.bodies[node.args[1]]  # type: ignore[index]
+                body = self.bodies[node.args[1]]
                 scope.values[node] = self._expand(body, node.args[0], str(node.args[2]), scope)
             elif node.target is operator.getitem and node.args[0] in scope.values:
                 scope.values[node] = scope.values[node.args[0]][node.args[1]]  # type: ignore[index]
             elif isinstance(node.meta.get("val"), (Tensor, list, tuple)):
                 self._call(node, scope)
 
-    def _expand(self, body: _Body, operands: object, path: str, scope: _Scope) -> list[Value]:
+    def _expand(self, body: _Body, operands: object, path: str, scope: _Scope) -> list[Result]:
         """The body of a layer kind once more, for the item at `path`."""
-        values = [self._look(node, scope) for node in operands]  # type: ignore[attr-defined]
-        inner = _Scope({body.begin: values}, (body.path, path))  # type: ignore[dict-item]
+        inner = _Scope({body.begin: [self._look(node, scope) for node in _nodes(operands)]}, (body.path, path))
         self._walk(body.nodes, inner)
         assert body.end is not None
-        return [self._look(node, inner) for node in body.end.args[0]]  # type: ignore[misc, union-attr]
+        return [self._look(node, inner) for node in _nodes(body.end.args[0])]
 
     def _call(self, node: fx.Node, scope: _Scope) -> None:
         place = Location(self._strip(scope.rename(_module(node))), _source(node))
-        call = Call(node, self.build, lambda argument: self._look(argument, scope, place))
+        call = Call(node, self.build, lambda argument: self._look(argument, scope))
         self.build.at = place
         try:
             scope.values[node] = settle(call, self._apply(call, scope))
@@ -157,13 +155,11 @@ class _Importer:
                           "rule in frontend/aten_rules.py")
         return RULES[name](call)
 
-    def _look(self, node: fx.Node, scope: _Scope, place: Location = Location()) -> Result:
+    def _look(self, node: fx.Node, scope: _Scope) -> Result:
         if node in scope.values:
             return scope.values[node]
         if node.name in self.sources:
-            value = self._source(scope.rename(self.sources[node.name]))
-            self.build.at = place
-            return value
+            return self._source(scope.rename(self.sources[node.name]))
         raise IRError(f"it reads %{node.name}, which is neither computed in this layer, nor its argument or parameter")
 
     def _source(self, full: str) -> Value:
@@ -171,14 +167,23 @@ class _Importer:
         path = self._strip(full)
         name = self.program.weights.get(path, path)
         if name not in self.read:
+            place = self.build.at
             if path in self.program.weights:
                 self.read[name] = self.build.weight(name, self.program.exported.state_dict[full])
             else:
                 self.read[name] = self.build.constant(name, self.program.constants[path])
+            self.build.at = place
         return self.read[name]
 
     def _strip(self, path: str) -> str:
         return path.removeprefix(self.program.root)
+
+
+def _nodes(argument: object) -> list[fx.Node]:
+    """A list argument of a call."""
+    if not isinstance(argument, (list, tuple)):
+        raise IRError(f"{argument!r} is no list of traced tensors")
+    return list(argument)
 
 
 def _module(node: fx.Node) -> str:

@@ -1,4 +1,4 @@
-"""The leaf ops of a trace, `qcn::*`: what mixes tokens, and the expert bank. Everything else in a trace is pointwise per token.
+"""The leaf ops of a trace, `qcn::*`: what mixes tokens, and the expert bank. All else in a trace is local to a token.
 
 They are functional and take the layouts that transformers hands to its extension points. `handle` is the path of the
 module that owns the cache; `cu_seqlens` i32 [S+1] bounds the sequences of a ragged batch (None: one sequence).
@@ -6,6 +6,8 @@ The references below run when a model is executed with these ops; the graph's ow
 """
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -19,7 +21,7 @@ from qcn_compile.ir.ops import deltanet, moe
 def _batch(tokens: int, cu_seqlens: Tensor | None) -> Batch:
     """The ragged batch that `cu_seqlens` describes, as the op table's references take it."""
     ends = [0, tokens] if cu_seqlens is None else cu_seqlens.tolist()
-    return Batch.fresh([b - a for a, b in zip(ends[:-1], ends[1:], strict=True)])
+    return Batch.fresh([b - a for a, b in pairwise(ends)])
 
 
 @custom_op("qcn::attention", mutates_args=())

@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from qcn_compile.frontend.audit import audit
 from qcn_compile.frontend.checkpoint import Checkpoint, Located, load_config
 from qcn_compile.frontend.trace import build, build_mtp, trace_main, trace_mtp
 from qcn_compile.frontend.weights import WeightSource, mtp_layers
@@ -46,6 +47,6 @@ def trace_model(source: Located | PreTrainedConfig, dtype: DType = DType.f32) ->
     weights = None
     if checkpoint is not None:
         weights = WeightSource(checkpoint, model, mtp)
-        weights.audit()
+        audit(weights)
     draft = None if mtp is None else trace_mtp(model, mtp)
     return Traced(trace_main(model), draft, plain, weights, source.name, source.path)

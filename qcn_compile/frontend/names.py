@@ -48,8 +48,7 @@ def collapse(names: Iterable[str]) -> list[str]:
     return sorted(result)
 
 
-def listed(names: Iterable[str], most: int = 12) -> str:
-    """The patterns of `names`, a line each, at most so many."""
-    patterns = collapse(names)
-    rest = [f"... and {len(patterns) - most} more patterns"] if len(patterns) > most else []
-    return "".join(f"\n    {line}" for line in patterns[:most] + rest)
+def listed(lines: list[str], most: int = 12) -> str:
+    """Lines for an error message, at most so many."""
+    rest = [f"... and {len(lines) - most} more patterns"] if len(lines) > most else []
+    return "".join(f"\n    {line}" for line in lines[:most] + rest)

@@ -59,8 +59,12 @@ def build(config: PreTrainedConfig, dtype: DType = DType.f32, device: str = "met
     """transformers' model of `config` with the leaf ops chosen and every parameter in `dtype`."""
     config = copy.deepcopy(config)
     config._attn_implementation = IMPLEMENTATION
-    with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, dtype=TORCH[dtype.value])
+    try:
+        with torch.device(device):
+            model = AutoModelForCausalLM.from_config(config, dtype=TORCH[dtype.value])
+    except Exception as error:  # inconsistent sizes fail anywhere in the constructors
+        raise ModelError(f"transformers cannot build a {config.model_type} model from this config "
+                         f"({type(error).__name__}: {error}); compare config.json with the published one") from error
     if model._can_set_experts_implementation():
         model.set_experts_implementation(IMPLEMENTATION)
     for parameter in model.parameters():
@@ -191,5 +195,5 @@ def _check_leaves(graph: Graph, wrapper: nn.Module, root: str) -> None:
             layer = f"{path}.{i}".removeprefix(root)
             used = any(op.loc.module.startswith(layer + ".") for op in graph.ops)
             if used and not any(owner.startswith(layer + ".") for owner in owners):
-                raise ModelError(f"{layer} has no leaf op (attention, causal_conv1d, gated_delta_rule): its token mixer "
-                                 "was traced away; register it in qcn_compile/frontend/extension_points.py")
+                raise ModelError(f"{layer} has no leaf op (attention, causal_conv1d, gated_delta_rule): its token mixer"
+                                 " was traced away; register it in qcn_compile/frontend/extension_points.py")

@@ -59,10 +59,12 @@ def _transpose(c: Call) -> Result:
 def _bounds(c: Call, size: Dim) -> tuple[int, Dim]:
     """First row and end of a slice of an axis, clamped as Python does."""
     start, end = c.args["start"] or 0, c.args["end"]
+    if not isinstance(start, int) or not isinstance(end, int | None):
+        raise IRError("a slice whose bounds depend on the number of tokens")
     if isinstance(size, int):
         stop = size if end is None else min(end, size)
         return (start + size if start < 0 else start), (stop + size if stop < 0 else stop)
-    if start != 0 or isinstance(end, int) and end < 1 << 62:
+    if start != 0 or (end is not None and end < 1 << 62):
         raise IRError(f"slice {start}:{end} of the tokens")
     return 0, size
 
@@ -96,7 +98,7 @@ def _select(c: Call) -> Result:
 @rule("split.Tensor", "split_with_sizes", "chunk")
 def _split(c: Call) -> Result:
     value, axis = c.self(), c.kept_axis(c.args["dim"])
-    parts: list[Value] = []
+    parts: list[Result] = []
     start = 0
     for traced in c.node.meta["val"]:
         size = traced.shape[c.args["dim"]]
@@ -111,21 +113,19 @@ def _split(c: Call) -> Result:
 def _concat(c: Call) -> Result:
     nodes: list[fx.Node] = c.args["tensors"]
     rank = max(c.value(n).tensor.rank for n in nodes)
-    operands = []
+    operands: list[Value | None] = []
     for node in nodes:
         shape = dims(node.meta["val"])
         operands.append(c.build.reshape(c.value(node), shape[len(shape) - rank:]))
     axis = c.args["dim"] % len(shape) - (len(shape) - rank)
     if axis < 0:
         raise IRError("tensors joined along the batch axis")
-    return c.build.one("concat", operands, axis=axis)  # type: ignore[arg-type]
+    return c.build.one("concat", operands, axis=axis)
 
 
 @rule("copy")
 def _copy(c: Call) -> Result:
     source = c.result(c.args["src"])
-    if isinstance(source, Strided):
-        return source
     return c.build.cast(source, c.self().tensor.dtype) if isinstance(source, Value) else source
 
 
