@@ -10,7 +10,9 @@ from transformers.modeling_layers import MtpModel
 from qcn_compile.errors import ModelError
 from qcn_compile.frontend import trace_model
 from qcn_compile.frontend.audit import audit
-from qcn_compile.frontend.checkpoint import locate
+from qcn_compile.frontend.checkpoint import Checkpoint, locate
+from qcn_compile.frontend.trace import build, build_mtp
+from qcn_compile.frontend.weights import WeightSource
 from qcn_compile.ir.interpret import default_inputs, run
 from qcn_compile.ir.text import print_graph
 from qcn_compile.ir.verify import verify
@@ -119,7 +121,8 @@ def test_copies_of_shared_tensors_and_further_layers_are_ignored(heads, tmp_path
         tensors["mtp.embed_tokens.weight"] = torch.zeros(128, 64)
         tensors["mtp.layers.1.self_attn.k_proj.weight"] = torch.zeros(32, 64)
 
-    traced = trace_model(locate(str(save(main, tmp_path, add)), "cpu"))
-    assert audit(traced.weights).ignored == {
+    model = build(main.config)
+    source = WeightSource(Checkpoint(save(main, tmp_path, add)), model, build_mtp(model))
+    assert audit(source).ignored == {
         "shared with the main model": ["mtp.embed_tokens.weight"],
         "of draft layers beyond the first": ["mtp.layers.1.self_attn.k_proj.weight"]}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import json
 import subprocess
@@ -51,7 +50,7 @@ def test_text_form_round_trips(case, family):
     assert print_graph(parse_graph(text)) == text
 
 
-@pytest.mark.parametrize("family", ["qwen3_next", "qwen3_5_text", "qwen3"])
+@pytest.mark.parametrize("family", ["qwen3_next", "qwen3_5_text"])
 def test_sharing_layers_changes_nothing(case, family):
     subject = case(family)
     assert print_graph(trace_main(subject.model, share_layers=False)) == print_graph(subject.graph)
@@ -200,8 +199,8 @@ def test_a_forward_that_depends_on_the_data_is_refused():
 
 def test_nothing_is_left_swapped(case):
     """Tracing leaves transformers' functions and the model's forwards as they were."""
-    model = copy.copy(case("qwen3_next").model)
-    trace_main(model)
+    model = case("qwen3_next").model
+    assert case("qwen3_next").graph.ops
     file = sys.modules[type(model).__module__]
     assert all(getattr(file, name).__module__ == file.__name__ for name in ("causal_conv1d_fn",
                                                                             "torch_chunk_gated_delta_rule"))
