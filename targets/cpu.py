@@ -14,6 +14,7 @@ from qcn_compile.ir.types import StateKind, StateType, TensorType
 from qcn_compile.targets.base import Bucket, Call, Encoding, Kernel, Operand
 from qcn_compile.targets.spec import Hardware
 from qcn_compile.targets.tvm import lowering, processor
+from qcn_compile.targets.tvm.lowering.site import Site
 from qcn_compile.targets.tvm.packing import pack
 
 PAGE = 32  # tokens of a KV page; kernels score 16 keys at a time
@@ -25,6 +26,7 @@ class CpuTarget:
 
     name = "cpu"
     kind = "cpu"
+    dtype = "f32"
 
     def __init__(self, mcpu: str | None = None, page_size: int = PAGE) -> None:
         if page_size % KEYS:
@@ -32,15 +34,15 @@ class CpuTarget:
         self.hardware: Hardware = processor.resolve(mcpu)
         self.page_size = page_size
 
-    def describe(self) -> dict[str, object]:
+    def describe(self) -> dict[str, str]:
         """What the manifest records of the machine."""
-        return {"mcpu": processor.llvm_name(self.hardware), "features": list(self.hardware.features)}
+        return {"mcpu": processor.llvm_name(self.hardware), "features": " ".join(self.hardware.features)}
 
     def lower(self, op: Op, operands: Sequence[Operand | None], results: Sequence[TensorType],
               bucket: Bucket) -> list[Call]:
         """The kernel calls that compute `op`. Raises LoweringError naming the op, its location and the cure."""
         avx2 = "avx2" in self.hardware.features
-        return lowering.lower(lowering.Site(op, operands, results, bucket, self.page_size, avx2))
+        return lowering.lower(Site(op, operands, results, bucket, self.page_size, avx2))
 
     def pack(self, layout: str, encoding: Encoding, weight: np.ndarray) -> dict[str, np.ndarray]:
         """A float32 weight in the kernel's layout: part name -> 1-D array, a multiple of 64 bytes each."""

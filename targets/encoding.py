@@ -30,7 +30,7 @@ def check(encoding: Encoding) -> None:
     if quantized(encoding) and encoding.group != GROUP:
         raise UsageError(f"group {encoding.group} is not supported on the CPU; use group 32")
     if not quantized(encoding) and encoding.activations != "f32":
-        raise UsageError(f"{encoding.format} weights need f32 activations; int8 activations go with int8 or int4 weights")
+        raise UsageError(f"{encoding.format} weights take f32 activations; int8 ones go with int8 or int4 weights")
 
 
 def quantized(encoding: Encoding) -> bool:
@@ -90,7 +90,7 @@ def encode(w: np.ndarray, encoding: Encoding) -> np.ndarray:
 
 
 def quantize_activations(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """f32 [..., K] -> (int8 codes [..., K padded], f32 scales [..., groups]), scale = max|x| / 127 in each group of 32."""
+    """f32 [..., K] -> (int8 codes [..., K padded], f32 scales [..., groups]), scale = max|x| / 127 in a group of 32."""
     blocks = groups(x)
     most = np.abs(blocks).max(-1)
     inverse = np.divide(np.float32(127), most, out=np.zeros_like(most), where=most > TINY)

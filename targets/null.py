@@ -22,7 +22,7 @@ class NullTarget:
     def __init__(self) -> None:
         self._cpu = CpuTarget("x86-64-v3")
 
-    def describe(self) -> dict[str, object]:
+    def describe(self) -> dict[str, str]:
         """What the manifest records of the machine."""
         return {}
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from qcn_compile.errors import UsageError
 
+FIGURES = ("cores", "bandwidth", "flops", "memory")
 DATA = Path(__file__).parent / "data"
 
 
@@ -54,9 +55,9 @@ def catalogue() -> dict[str, Hardware]:
 
 def _hardware(name: str, row: dict[str, Any]) -> Hardware:
     figures = {key: Figure(float(row[key]["value"]), str(row[key]["source"]))
-               for key in ("cores", "bandwidth", "flops", "memory") if key in row}
-    lists = {key: tuple(row.get(key, ())) for key in ("dtypes", "features", "aliases")}
-    return Hardware(name, str(row["kind"]), mcpu=str(row.get("mcpu", "")), **lists, **figures)
+               for key in FIGURES if key in row}
+    return Hardware(name, str(row["kind"]), tuple(row["dtypes"]), str(row.get("mcpu", "")),
+                    tuple(row.get("features", ())), *(figures.get(key) for key in FIGURES), tuple(row.get("aliases", ())))
 
 
 def hardware(name: str) -> Hardware:

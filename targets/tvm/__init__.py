@@ -1,1 +1,1 @@
-"""The CPU backend: TVM kernels, their lowering and packing, and the small C host that runs them. Importing it is light."""
+"""The CPU backend: TVM kernels, their lowering and packing, and the small C host that runs them. Light to import."""

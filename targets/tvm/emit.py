@@ -1,4 +1,4 @@
-"""Kernels to shared libraries: TVMScript text, LLVM object code, and the small host library, byte for byte repeatable."""
+"""Kernels to shared libraries: TVMScript text, LLVM object code, the small host library; byte for byte repeatable."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Weights in the order kernels read them: one sequential stream a tile of 16 output rows. NumPy only.
 
-    tiles    linear [N, K], experts [E, N, K]      gate_up  experts [E, 2I, H]: a tile is 8 gate rows, then their 8 up rows
+    tiles    linear [N, K], experts [E, N, K]     gate_up  experts [E, 2I, H]: a tile is 8 gate rows and their 8 up rows
         f32, bf16        w [tile, K, 16]
         int8 x f32       w [tile, Kp, 16] int8                              s [tile, Kp/32, 16] f16
         int4 x f32       w [tile, Kp/2, 16]: low nibble k=2i, high 2i+1     s as above; nibbles are code + 8

@@ -10,8 +10,8 @@ from qcn_compile.ir.types import DType, StateKind, StateType
 from qcn_compile.targets.base import Bucket
 
 TABLE = Program("rope_table")
-TABLE.op("rope_table", [TABLE.input("positions", "i32[T]", ints=(0, 262144)), TABLE.weight("inv_freq", (9,), scale=1.0)],
-         scaling=1.25)
+_positions = TABLE.input("positions", "i32[T]", ints=(0, 262144))
+TABLE.op("rope_table", [_positions, TABLE.weight("inv_freq", (9,), scale=1.0)], scaling=1.25)
 
 
 def test_rope_table(lab: Lab) -> None:
@@ -20,7 +20,7 @@ def test_rope_table(lab: Lab) -> None:
 
 def _attention(heads: int, kv_heads: int, dim: int, half: int, norms: bool, gate: bool, bucket: Bucket,
                strided: bool = False) -> Program:
-    p = Program(f"attention {heads}/{kv_heads} of {dim}, rope {half}, norms {norms}, gate {gate}, {bucket.name}", bucket)
+    p = Program(f"attention {heads}/{kv_heads} of {dim}, rope {half}, {norms=}, {gate=}, {bucket.name}", bucket)
     kv = p.state("kv", StateType(StateKind.kv, DType.f32, (kv_heads, dim)))
     more = 11 if strided else 0
     q = p.input("q", f"f32[T,{heads},{dim}]", stride=heads * dim + more)
@@ -42,7 +42,8 @@ PROGRAMS = [
     _attention(16, 2, 64, 8, True, True, DECODE, strided=True),
 ]
 BATCHES = [
-    Ragged((1,)), Ragged((5,)), Ragged((1,), (40,)), Ragged((3, 1, 4), (0, 31, 70)), Ragged((1, 1, 1, 1), (15, 16, 0, 63)),
+    Ragged((1,)), Ragged((5,)), Ragged((1,), (40,)), Ragged((3, 1, 4), (0, 31, 70)),
+    Ragged((1, 1, 1, 1), (15, 16, 0, 63)),
     Ragged((33, 1, 20), (0, 100, 31)),
 ]
 

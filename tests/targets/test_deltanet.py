@@ -17,7 +17,8 @@ def _delta_net(key_heads: int, value_heads: int, key_dim: int, value_dim: int, t
     conv = p.state("conv", StateType(StateKind.conv, DType.f32, (channels, taps - 1)))
     delta = p.state("delta", StateType(StateKind.delta, DType.f32, (value_heads, key_dim, value_dim)))
     p.op("delta_net", [
-        p.input("qkv", f"f32[T,{channels}]", stride=channels + more), p.input("z", f"f32[T,{width}]", stride=width + more),
+        p.input("qkv", f"f32[T,{channels}]", stride=channels + more),
+        p.input("z", f"f32[T,{width}]", stride=width + more),
         p.input("b", f"f32[T,{value_heads}]", stride=value_heads + more),
         p.input("a", f"f32[T,{value_heads}]", stride=value_heads + 2 * more),
         p.weight("conv_w", (channels, taps)), p.weight("decay", (value_heads,)), p.weight("dt_bias", (value_heads,)),

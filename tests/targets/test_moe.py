@@ -23,8 +23,8 @@ def _route(experts: int, top_k: int, normalize: bool, shared: bool, stride: int 
     return p
 
 
-ROUTES = [_route(8, 2, True, False), _route(64, 10, True, True, 80), _route(33, 3, False, True), _route(5, 5, True, False),
-          _route(512, 10, True, True)]
+ROUTES = [_route(8, 2, True, False), _route(64, 10, True, True, 80), _route(33, 3, False, True),
+          _route(5, 5, True, False), _route(512, 10, True, True)]
 
 
 @pytest.mark.parametrize("program", ROUTES, ids=lambda p: p.name)
@@ -68,14 +68,16 @@ def int8_experts(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, gate
     return out if r is None else out + r
 
 
-def _experts(name: str, encoding: Encoding, bucket: Bucket, experts: int, hidden: int, inner: int, top_k: int) -> Program:
+def _experts(name: str, encoding: Encoding, bucket: Bucket, experts: int, hidden: int, inner: int,
+             top_k: int) -> Program:
     p = Program(f"{name} {encoding.format} x {encoding.activations} {experts} {hidden} {inner} {bucket.name}", bucket)
     shared = name == "moe_add"
     logits = p.input("logits", f"f32[T,{experts}]", scale=2.0)
     ids, weights = p.op("moe_route", [logits], top_k=top_k, normalize=True, shared=shared)
     operands: list[Value | None] = [
         p.input("x", f"f32[T,{hidden}]", stride=hidden + 3), ids, weights,
-        p.weight("gate_up", (experts, 2 * inner, hidden), encoding), p.weight("down", (experts, hidden, inner), encoding)]
+        p.weight("gate_up", (experts, 2 * inner, hidden), encoding),
+        p.weight("down", (experts, hidden, inner), encoding)]
     if shared:
         operands.append(p.input("r", f"f32[T,{hidden}]", stride=hidden + 8))
     p.op(name, operands, int8_experts if encoding.activations == "int8" else None, activation="silu")

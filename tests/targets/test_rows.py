@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from harness import DECODE, Lab, Program, Ragged
 
 from qcn_compile.targets.base import Encoding
-from harness import DECODE, PREFILL, Lab, Program, Ragged
 
 UNARY = ("neg", "exp", "sigmoid", "silu", "softplus")
 BINARY = ("add", "mul", "sub", "div", "silu_mul", "mul_sigmoid")
@@ -40,7 +40,8 @@ def _programs() -> dict[str, Program]:
     p = made["rms_norm of heads"] = Program("rms_norm of heads")
     p.op("rms_norm", [p.input("x", "f32[T,3,20]", stride=77), p.weight("w", (20,))], eps=1e-5)
     p = made["add_rms_norm"] = Program("add_rms_norm")
-    p.op("add_rms_norm", [p.input("x", "f32[T,40]", stride=41), p.input("r", "f32[T,40]"), p.weight("w", (40,))], eps=1e-6)
+    p.op("add_rms_norm", [p.input("x", "f32[T,40]", stride=41), p.input("r", "f32[T,40]"), p.weight("w", (40,))],
+         eps=1e-6)
     p = made["gated_rms_norm"] = Program("gated_rms_norm")
     p.op("gated_rms_norm", [p.input("x", "f32[T,4,12]"), p.input("z", "f32[T,4,12]", stride=60), p.weight("w", (12,))],
          eps=1e-6)

@@ -1,4 +1,4 @@
-"""Kernel sources: each family is a pure function (symbol, machine, parameters) -> Function. Importing this needs TVM."""
+"""Kernel sources: a family is a pure function (symbol, machine, parameters) -> Function. Importing this needs TVM."""
 
 from __future__ import annotations
 

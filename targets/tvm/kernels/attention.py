@@ -11,8 +11,21 @@ from collections.abc import Callable
 from tvm.tirx.script.builder import ir as T
 
 from qcn_compile.targets.tvm.kernels import math
-from qcn_compile.targets.tvm.kernels.core import (Array, Arrays, Branch, Expr, Function, Machine, f32, let, local, loop,
-                                                  parallel, splat, when, wide)
+from qcn_compile.targets.tvm.kernels.core import (
+    Array,
+    Arrays,
+    Branch,
+    Expr,
+    Function,
+    Machine,
+    f32,
+    let,
+    local,
+    loop,
+    parallel,
+    splat,
+    wide,
+)
 from qcn_compile.targets.tvm.kernels.loops import count, each, sweep
 from qcn_compile.targets.tvm.kernels.norm import inverse_rms
 
@@ -77,7 +90,7 @@ def _append(a: Arrays, m: Machine, t: Expr, h: Expr, kv_heads: int, dim: int, ha
 
 def _turn(a: Arrays, m: Machine, x: Array, start: Expr, w: Array | None, t: Expr, dim: int, half: int, eps: float,
           put: Callable[[Expr, int, Expr], None], lanes: int = 0) -> None:
-    """put(i, lanes, value) for the normed and rotated head x[start : start+dim]; 2*half dims turn in pairs (i, i+half)."""
+    """put(i, lanes, value) for the normed, rotated head x[start : start+dim]; 2*half dims turn in pairs (i, i+half)."""
     scale = inverse_rms(x, start, dim, eps, m) if w is not None else None
 
     def normed(i: Expr, n: int) -> Expr:

@@ -1,7 +1,8 @@
 """Gated DeltaNet: convolution, gates and norms in one kernel; delta rule and gated norm in another.
 
 The columns of a state [Dk, Dv] never meet, so a block of columns stays in the first cache while all tokens of the
-sequence pass. The arithmetic of a token is the same for one token and for a thousand: prefill and decode agree bit by bit.
+sequence pass. The arithmetic of a token is the same for one token and for a thousand: prefill and decode agree bit
+by bit.
 """
 
 from __future__ import annotations
@@ -9,8 +10,21 @@ from __future__ import annotations
 from tvm.tirx.script.builder import ir as T
 
 from qcn_compile.targets.tvm.kernels import math
-from qcn_compile.targets.tvm.kernels.core import (Arrays, Branch, Expr, Function, Machine, f32, let, local, loop,
-                                                  parallel, splat, when, wide)
+from qcn_compile.targets.tvm.kernels.core import (
+    Array,
+    Arrays,
+    Expr,
+    Function,
+    Machine,
+    f32,
+    let,
+    local,
+    loop,
+    parallel,
+    splat,
+    when,
+    wide,
+)
 from qcn_compile.targets.tvm.kernels.loops import reduce_row, sweep
 from qcn_compile.targets.tvm.kernels.norm import inverse_rms
 
@@ -166,7 +180,7 @@ class Rule:
                 o[v, lanes] = T.fma(new, q, o[v, lanes])
         a.y[(t * self.value_heads + self.h) * self.value_dim + c, n] = o[0, n]
 
-    def _read(self, row: Expr, c: Expr, n: int, u: object) -> None:
+    def _read(self, row: Expr, c: Expr, n: int, u: Array) -> None:
         """u = S^T k in two chains, even and odd rows of S; u is [2, n]."""
         lanes = min(n, self.lanes)
 

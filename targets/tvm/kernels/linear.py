@@ -2,11 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from tvm.tirx.script.builder import ir as T
 
 from qcn_compile.targets.tvm.kernels import math
-from qcn_compile.targets.tvm.kernels.core import (Array, Arrays, Branch, Expr, Function, Machine, f32, i32, let, local,
-                                                  loop, parallel, splat, vector, when)
+from qcn_compile.targets.tvm.kernels.core import (
+    Array,
+    Arrays,
+    Branch,
+    Expr,
+    Function,
+    Machine,
+    f32,
+    i32,
+    let,
+    local,
+    loop,
+    parallel,
+    splat,
+    vector,
+    when,
+)
 from qcn_compile.targets.tvm.kernels.loops import count, each, sweep
 from qcn_compile.targets.tvm.kernels.tiles import GROUP, TILE, Tile, input_params, weight_params
 
@@ -31,7 +48,7 @@ def linear(symbol: str, m: Machine, *, n: int, k: int, fmt: str, act: str, rows:
     return f
 
 
-def token_blocks(tokens: Expr, block: int, body) -> None:
+def token_blocks(tokens: Expr, block: int, body: Callable[[Expr, int], None]) -> None:
     """body(first, size) for blocks of `block` tokens; a last lone token gets a block of one."""
     if block == 1:
         with loop("first", tokens) as first:

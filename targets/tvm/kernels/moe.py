@@ -1,16 +1,31 @@
 """Mixture of experts: route, sort (token, slot) pairs by expert, gate/up, down, combine.
 
 Scratch `plan`, int32: active | expert[E] | start[E+1] | cursor[E] | order[pairs]. `expert` and `start` list the experts
-that have work; `order` holds pair numbers token*k + slot, expert after expert. One path serves one token and a thousand.
+that have work; `order` holds pair numbers token*k + slot, expert after expert. One path serves one token and many.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from tvm.tirx.script.builder import ir as T
 
 from qcn_compile.targets.tvm.kernels import math
-from qcn_compile.targets.tvm.kernels.core import (Array, Expr, Function, Machine, f32, i32, let, local, loop, parallel,
-                                                  splat, wide, when)
+from qcn_compile.targets.tvm.kernels.core import (
+    Array,
+    Expr,
+    Function,
+    Machine,
+    f32,
+    i32,
+    let,
+    local,
+    loop,
+    parallel,
+    splat,
+    when,
+    wide,
+)
 from qcn_compile.targets.tvm.kernels.linear import token_blocks
 from qcn_compile.targets.tvm.kernels.loops import count, each, sweep
 from qcn_compile.targets.tvm.kernels.tiles import TILE, Tile, input_params, weight_params
@@ -153,8 +168,9 @@ def moe_down(symbol: str, m: Machine, *, experts: int, hidden: int, inner: int, 
     return f
 
 
-def _expert_tiles(plan: Array, experts: int, tiles: int, tile: Tile, block: int, stride: int, source, store) -> None:
-    """For every (expert with work, tile) in parallel: blocks of its pairs through the tile, `source(pair)` the row of x."""
+def _expert_tiles(plan: Array, experts: int, tiles: int, tile: Tile, block: int, stride: int,
+                  source: Callable[[Expr], Expr], store: Callable[[Array, int, Expr, Expr], None]) -> None:
+    """For every (expert with work, tile) in parallel: blocks of its pairs, `source(pair)` the row of x of each."""
     expert, start, order = 1, 1 + experts, 2 + 3 * experts
     with parallel("item", plan[0] * tiles) as item:
         at, j = let("at", T.floordiv(item, tiles)), let("j", T.floormod(item, tiles))

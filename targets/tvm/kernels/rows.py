@@ -1,4 +1,4 @@
-"""Row by row kernels: pointwise ops, concatenation, gathers and look-ups. Nothing here is reused, so nothing is blocked."""
+"""Row by row kernels: pointwise ops, concatenation, gathers and look-ups."""
 
 from __future__ import annotations
 

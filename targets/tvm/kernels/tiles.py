@@ -1,15 +1,31 @@
 """A tile of 16 output rows times a few rows of x: the inner loops of `linear` and of the experts.
 
-The sum over K runs in one chain, in order, whatever the number of x rows: a token gets the same bits alone or in a batch.
+The sum over K runs in one chain, in order, whatever the number of rows: a token gets the same bits alone or in a
+batch.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from tvm.tirx.script.builder import ir as T
 
 from qcn_compile.targets.tvm.kernels import math
-from qcn_compile.targets.tvm.kernels.core import (Array, Arrays, Expr, Machine, f32, i32, let, local, loop, prefetch,
-                                                  splat, vector, wide)
+from qcn_compile.targets.tvm.kernels.core import (
+    Array,
+    Arrays,
+    Expr,
+    Machine,
+    f32,
+    i32,
+    let,
+    local,
+    loop,
+    prefetch,
+    splat,
+    vector,
+    wide,
+)
 
 TILE, GROUP = 16, 32
 AHEAD = 1024  # bytes of weights asked for before they are needed
@@ -33,7 +49,8 @@ class Tile:
                  s: str = "s") -> None:
         self.a, self.m, self.depth, self.format, self.activations = a, m, depth, format, activations
         self.w: Array = getattr(a, w)
-        self.s: Array | None = getattr(a, s) if format in ("int8", "int4") else None
+        self.coded = format in ("int8", "int4")
+        self.s: Array = getattr(a, s) if self.coded else self.w
         self.groups = -(-depth // GROUP)
 
     def multiply(self, index: Expr, rows: list[Expr], stride: int, acc: Array) -> None:
@@ -49,7 +66,7 @@ class Tile:
     # ---- f32 activations: widen or dequantise in registers ----
 
     def _float(self, index: Expr, starts: list[Expr], acc: Array) -> None:
-        if self.s is None:
+        if not self.coded:
             base = let("base", wide(index) * (self.depth * TILE))
             unroll = 4 if len(starts) == 1 else 2
             self._steps(0, self.depth, unroll, lambda k: self._plain(base, k), starts, acc)
@@ -62,7 +79,8 @@ class Tile:
         if self.depth % GROUP:
             self._group(index, base, full, self.depth % GROUP, starts, acc)
 
-    def _steps(self, first: Expr, count: int, unroll: int, weights, starts: list[Expr], acc: Array) -> None:
+    def _steps(self, first: Expr, count: int, unroll: int, weights: Callable[[Expr], list[Expr]], starts: list[Expr],
+               acc: Array) -> None:
         """acc += w(k) x[k] for k in first .. first+count, `unroll` at a time."""
         def step(k: Expr) -> None:
             lanes, w = self.m.lanes, weights(k)

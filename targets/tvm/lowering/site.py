@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
-from qcn_compile.errors import LoweringError
+from qcn_compile.errors import LoweringError, UsageError
 from qcn_compile.ir.graph import Op
 from qcn_compile.ir.types import Dim, DType, StateRef, Sym, TensorType
 from qcn_compile.targets.base import Bucket, Call, Encoding, Kernel, Operand, Param, Ref
 from qcn_compile.targets.encoding import check
-from qcn_compile.errors import UsageError
 
 DECODE_TOKENS = 8  # buckets up to this many tokens get kernels tuned for reading weights once
 COUNTS = Ref("input", name="counts")
@@ -140,7 +139,7 @@ class Site:
 
 def inner(shape: Sequence[Dim]) -> int:
     """Elements of a row: the product of all axes but the first."""
-    return prod(int(d) for d in shape[1:])  # type: ignore[arg-type]
+    return prod([int(d) for d in shape[1:]])  # type: ignore[arg-type]
 
 
 def call(family: str, args: Sequence[Ref], **params: Param) -> Call:
