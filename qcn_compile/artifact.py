@@ -60,7 +60,10 @@ INPUTS = {
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel call: its symbol, its arguments in order, and the op of the final graph it came from."""
+    """One kernel call: its symbol, its arguments in order, and the op of the final graph it came from.
+
+    `grid` is the launch grid on a GPU (static in a bucket) and empty on a CPU.
+    """
 
     kernel: str
     args: tuple[Arg, ...]
@@ -68,6 +71,7 @@ class Launch:
     location: str
     bytes: int = 0
     flops: int = 0
+    grid: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,8 @@ class Plan:
     @staticmethod
     def from_json(data: dict[str, Any]) -> Plan:
         launches = tuple(
-            Launch(**{**row, "args": tuple(Arg(**arg) for arg in row["args"])}) for row in data["launches"]
+            Launch(**{**row, "args": tuple(Arg(**arg) for arg in row["args"]), "grid": tuple(row["grid"])})
+            for row in data["launches"]
         )
         return Plan(**{**data, "launches": launches})
 
@@ -158,11 +163,9 @@ def building(output: Path, force: bool) -> Iterator[Path]:
     """A scratch directory beside `output` that takes its place on success and vanishes on any failure."""
     if output.exists() and not force and not (output / "manifest.json").is_file() and any(output.iterdir()):
         raise UsageError(f"{output} exists and is no build of ours: name another folder or remove it")
-    output.parent.mkdir(parents=True, exist_ok=True)
     scratch = output.parent / f".{output.name}.partial-{os.getpid()}"
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir()
     try:
+        scratch.mkdir(parents=True, exist_ok=True)
         yield scratch
         _swap(scratch, output)
     except OSError as error:

@@ -86,10 +86,11 @@ class Ref:
 
 @dataclass(frozen=True)
 class Call:
-    """One launch: the kernel and its arguments in order."""
+    """One launch: the kernel, its arguments in order, and on a GPU its grid for the bucket's capacity."""
 
     kernel: Kernel
     args: tuple[Ref, ...]
+    grid: tuple[int, ...] = ()
 
 
 class Target(Protocol):
@@ -97,8 +98,9 @@ class Target(Protocol):
 
     name: str
     kind: str
+    dtype: str  # of activations: "f32" on a CPU, "bf16" on a GPU
 
-    def describe(self) -> dict[str, str]:
+    def describe(self) -> dict[str, object]:
         """What the manifest says about the hardware beside name and kind: the architecture kernels are built for."""
         ...
 

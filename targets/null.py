@@ -18,6 +18,7 @@ class NullTarget:
 
     name = "null"
     kind = "null"
+    dtype = "f32"
 
     def __init__(self) -> None:
         self._cpu = CpuTarget("x86-64-v3")

@@ -47,7 +47,7 @@ def make_plan(schedule: Schedule, names: Mapping[BlobKey, str]) -> tuple[Plan, l
         bytes_, flops = work(step.op, schedule.bucket) if step.op is not seen else (0, 0)
         seen = step.op
         launches.append(Launch(step.call.kernel.symbol, args, f"{step.op.name} %{step.op.results[0].name}",
-                               str(step.op.loc), bytes_, flops))
+                               str(step.op.loc), bytes_, flops, step.call.grid))
     bucket = schedule.bucket
     plan = Plan(schedule.graph.name, bucket.name, bucket.tokens, bucket.sequences, bucket.rows, total,
                 tuple(launches), _outputs(schedule.graph, schedule, offsets))
