@@ -34,7 +34,7 @@ class CpuTarget:
         self.hardware: Hardware = processor.resolve(mcpu)
         self.page_size = page_size
 
-    def describe(self) -> dict[str, str]:
+    def describe(self) -> dict[str, object]:
         """What the manifest records of the machine."""
         return {"mcpu": processor.llvm_name(self.hardware), "features": " ".join(self.hardware.features)}
 

@@ -23,7 +23,7 @@ class NullTarget:
     def __init__(self) -> None:
         self._cpu = CpuTarget("x86-64-v3")
 
-    def describe(self) -> dict[str, str]:
+    def describe(self) -> dict[str, object]:
         """What the manifest records of the machine."""
         return {}
 

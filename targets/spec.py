@@ -57,7 +57,8 @@ def _hardware(name: str, row: dict[str, Any]) -> Hardware:
     figures = {key: Figure(float(row[key]["value"]), str(row[key]["source"]))
                for key in FIGURES if key in row}
     return Hardware(name, str(row["kind"]), tuple(row["dtypes"]), str(row.get("mcpu", "")),
-                    tuple(row.get("features", ())), *(figures.get(key) for key in FIGURES), tuple(row.get("aliases", ())))
+                    tuple(row.get("features", ())), figures.get("cores"), figures.get("bandwidth"),
+                    figures.get("flops"), figures.get("memory"), tuple(row.get("aliases", ())))
 
 
 def hardware(name: str) -> Hardware:
