@@ -51,6 +51,7 @@ class OpSpec:
     infer(*types, **attrs): result type or tuple of types, from operand types (None for an absent operand).
     effects: for each attribute that names a state, what the op does to it: "r", "w" or "rw".
     flops(types, result_types, attrs, sizes): FLOPs; the default counts one per result element.
+    touched(types, sizes): share of an operand that is read, by index, where it is not all of it (a table, experts).
     """
 
     name: str
@@ -62,11 +63,13 @@ class OpSpec:
     flops: Callable[..., int] | None = None
     commutative: bool = False
     doc: str = ""
+    touched: Callable[[list[Type | None], dict[str, int]], dict[int, float]] | None = None
 
     def cost(self, operands: list[Type | None], results: list[Type], attrs: dict[str, Any],
              sizes: dict[str, int]) -> Cost:
-        """FLOPs and bytes, every operand read once and every result written once."""
-        read = sum(t.bytes(sizes) for t in operands if isinstance(t, TensorType))
+        """FLOPs and bytes, every operand (or the part that is touched) read once and every result written once."""
+        share = self.touched(operands, sizes) if self.touched else {}
+        read = sum(int(share.get(i, 1.0) * t.bytes(sizes)) for i, t in enumerate(operands) if isinstance(t, TensorType))
         written = sum(t.bytes(sizes) for t in results if isinstance(t, TensorType))
         if self.flops is not None:
             return Cost(self.flops(operands, results, attrs, sizes), read, written)
@@ -96,7 +99,7 @@ _REQUIRED = (int, float, bool, str, tuple, DType, StateRef)
 
 def op(name: str, operands: str, /, *, infer: Infer, effects: dict[str, str] | None = None,
        flops: Callable[..., int] | None = None, commutative: bool = False,
-       **attrs: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+       touched: Callable[..., dict[int, float]] | None = None, **attrs: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register the decorated function as the reference of a new row.
 
     An attribute given as a type is required; given as a value it is optional with that default
@@ -110,7 +113,7 @@ def op(name: str, operands: str, /, *, infer: Infer, effects: dict[str, str] | N
             raise IRError(f"op {name!r} is in the table already; choose another name")
         names = tuple(part.strip() for part in operands.split(",") if part.strip())
         TABLE[name] = OpSpec(name, names, specs, infer, reference, effects or {}, flops, commutative,
-                             (reference.__doc__ or "").strip())
+                             (reference.__doc__ or "").strip(), touched)
         return reference
 
     return register

@@ -44,7 +44,7 @@ def make_plan(schedule: Schedule, names: Mapping[BlobKey, str]) -> tuple[Plan, l
     launches, seen = [], None
     for step in schedule.steps:
         args = tuple(_argument(schedule, step.op, ref, offsets, names) for ref in step.call.args)
-        bytes_, flops = work(step.op, schedule.bucket) if step.op is not seen else (0, 0)
+        bytes_, flops = work(step.op, schedule.graph.states, schedule.bucket) if step.op is not seen else (0, 0)
         seen = step.op
         launches.append(Launch(step.call.kernel.symbol, args, f"{step.op.name} %{step.op.results[0].name}",
                                str(step.op.loc), bytes_, flops, step.call.grid))

@@ -8,7 +8,7 @@ from qcn_compile.errors import LoweringError
 from qcn_compile.ir.graph import Graph, Op, Value
 from qcn_compile.ir.optable import row
 from qcn_compile.ir.text import format_op
-from qcn_compile.ir.types import BatchType, Sym, TensorType
+from qcn_compile.ir.types import BatchType, StateKind, StateRef, StateType, Sym, TensorType
 from qcn_compile.passes.canonicalize import static_values
 from qcn_compile.targets.base import Bucket, Call, Encoding, Operand, Target
 
@@ -104,17 +104,29 @@ def _as_view(op: Op, views: dict[Value, View]) -> View | None:
     return View(view.base, view.offset + int(op.attrs["start"]), view.stride)  # type: ignore[arg-type]
 
 
-def work(op: Op, bucket: Bucket) -> tuple[int, int]:
-    """(bytes, FLOPs) of an op at the bucket's capacity, weights at their stored width."""
-    cost = row(op.name).cost([v.type if v else None for v in op.operands], [v.type for v in op.results],
-                             dict(op.attrs), bucket.sizes)
+def work(op: Op, states: dict[str, StateType], bucket: Bucket) -> tuple[int, int]:
+    """(bytes, FLOPs) of an op at the bucket's capacity: weights at their stored width, states read and written."""
+    spec, types = row(op.name), [v.type if v else None for v in op.operands]
+    cost = spec.cost(types, [v.type for v in op.results], dict(op.attrs), bucket.sizes)
+    share = spec.touched(types, bucket.sizes) if spec.touched else {}
     bytes_ = cost.bytes
-    for value in op.inputs:
-        encoding = encoding_of(value)
-        if encoding is not None:
-            full = value.tensor.bytes()
-            bytes_ += int(stored_fraction(encoding) * full) - full
-    return bytes_, cost.flops
+    for index, value in enumerate(op.operands):
+        encoding = encoding_of(value) if value is not None else None
+        if value is not None and encoding is not None:
+            saved = (1 - stored_fraction(encoding)) * value.tensor.bytes()
+            bytes_ -= int(saved * share.get(index, 1.0))
+    return bytes_ + _state_traffic(op, states, bucket), cost.flops
+
+
+def _state_traffic(op: Op, states: dict[str, StateType], bucket: Bucket) -> int:
+    """Bytes of per-sequence states an op reads and writes; KV pages depend on the context and are not counted."""
+    total = 0
+    for attr, effect in row(op.name).effects.items():
+        ref = op.attrs.get(attr)
+        state = states.get(ref.name) if isinstance(ref, StateRef) else None
+        if state is not None and state.kind is not StateKind.kv:
+            total += len(effect) * bucket.sequences * TensorType(state.dtype, state.shape).bytes()
+    return total
 
 
 def stored_fraction(encoding: Encoding) -> float:

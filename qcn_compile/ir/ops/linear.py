@@ -30,13 +30,21 @@ def linear_add(x: Tensor, w: Tensor, r: Tensor) -> Tensor:
     return r + F.linear(x, w.to(x.dtype))
 
 
-@op("embedding", "ids, w", infer=lambda ids, w, **_: TensorType(w.dtype, (*ids.shape, w.shape[1])))
+def _rows(index: int, rows: int):  # type: ignore[no-untyped-def]
+    """Operand `index` is a table of which as many rows are read as operand `rows` has elements."""
+    return lambda types, sizes: {
+        index: min(1.0, size_of(types[rows].shape, sizes) / size_of(types[index].shape[:1], sizes))}
+
+
+@op("embedding", "ids, w", touched=_rows(1, 0),
+    infer=lambda ids, w, **_: TensorType(w.dtype, (*ids.shape, w.shape[1])))
 def embedding(ids: Tensor, w: Tensor) -> Tensor:
     """y[t] = w[ids[t]]. ids i32 [T], w [V, H] -> [T, H]."""
     return w[ids.long()]
 
 
-@op("gather_rows", "x, rows", infer=lambda x, rows, **_: TensorType(x.dtype, (rows.shape[0], *x.shape[1:])))
+@op("gather_rows", "x, rows", touched=_rows(0, 1),
+    infer=lambda x, rows, **_: TensorType(x.dtype, (rows.shape[0], *x.shape[1:])))
 def gather_rows(x: Tensor, rows: Tensor) -> Tensor:
     """y[i] = x[rows[i]]: the tokens whose logits are wanted. x [T, H], rows i32 [R] -> [R, H]."""
     return x[rows.long()]

@@ -21,7 +21,15 @@ def _expert_flops(types, results, attrs, sizes):  # type: ignore[no-untyped-def]
     return 3 * size_of(ids.shape, sizes) * gate_up.shape[1] * x.shape[1]
 
 
-@op("moe_experts", "x, ids, weights, gate_up, down", activation=str, infer=same(), flops=_expert_flops)
+def _touched_experts(types, sizes):  # type: ignore[no-untyped-def]
+    """Under uniform routing: 1 - (1 - 1/E)^pairs of the experts are read."""
+    experts, pairs = int(types[3].shape[0]), size_of(types[1].shape, sizes)
+    share = 1 - (1 - 1 / experts) ** pairs
+    return {3: share, 4: share}
+
+
+@op("moe_experts", "x, ids, weights, gate_up, down", activation=str, infer=same(), flops=_expert_flops,
+    touched=_touched_experts)
 def moe_experts(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, *, activation: str) -> Tensor:
     """y[t] = sum_j weights[t,j] * down_e(silu(gate_e x) * up_e x), e = ids[t,j].
 
@@ -37,7 +45,8 @@ def moe_experts(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: 
     return out.to(x.dtype)
 
 
-@op("moe_add", "x, ids, weights, gate_up, down, r", activation=str, infer=same(), flops=_expert_flops)
+@op("moe_add", "x, ids, weights, gate_up, down, r", activation=str, infer=same(), flops=_expert_flops,
+    touched=_touched_experts)
 def moe_add(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, r: Tensor, *,
             activation: str) -> Tensor:
     """y = r + moe_experts(x, ...): the experts with the residual add as their epilogue. r [T, H]."""
