@@ -19,6 +19,7 @@ class ChatTemplate:
     """A compiled template. It is untrusted code from a checkpoint, so it runs in jinja2's immutable sandbox."""
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
+        self.source = source
         self._template = _compile(source)
         self._special_tokens = dict(special_tokens)
 
