@@ -23,7 +23,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-PACKAGE_CAP = 7_000_000  # bytes of one package at most, so that none dominates
+PACKAGE_CAP = 4_000_000  # bytes of one package at most, so that none dominates
 HELDOUT_BYTES = 180_000
 HELDOUT_SHARE = 400  # one file in so many is held out
 SKIPPED_FOLDERS = re.compile(
@@ -43,6 +43,20 @@ class Document(NamedTuple):
     text: str
 
 
+LICENCE_TEXTS = {
+    "Permission is hereby granted, free of charge": "MIT (from the licence file)",
+    "Redistribution and use in source and binary forms": "BSD (from the licence file)",
+    "Apache License": "Apache-2.0 (from the licence file)",
+}
+
+
+def licence_file(archive: zipfile.ZipFile) -> str:
+    """Recognise the licence by its text, for packages whose metadata state none."""
+    members = [n for n in archive.namelist() if ".dist-info/" in n and "LICEN" in n.upper()]
+    text = " ".join(archive.read(members[0]).decode("utf-8", "replace").split()) if members else ""
+    return next((name for phrase, name in LICENCE_TEXTS.items() if phrase in text), "")
+
+
 def wheel_licence(archive: zipfile.ZipFile) -> tuple[str, str]:
     """-> (name and version, licence as the package states it)."""
     member = next(n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))
@@ -50,7 +64,7 @@ def wheel_licence(archive: zipfile.ZipFile) -> tuple[str, str]:
     stated = [str(meta.get("License-Expression") or "")]
     stated += [c.split("::")[-1].strip() for c in meta.get_all("Classifier") or [] if c.startswith("License")]
     if not any(stated):
-        stated = [str(meta.get("License") or "").strip().splitlines()[0][:60]]
+        stated = str(meta.get("License") or "").strip().splitlines()[:1] or [licence_file(archive)]
     return f"{meta['Name']} {meta['Version']}", ", ".join(filter(None, stated))
 
 
@@ -64,7 +78,7 @@ def strip_header(text: str) -> str:
 
 def acceptable(text: str) -> bool:
     """Hand-written looking, parseable Python of moderate size."""
-    if not 200 <= len(text) <= 100_000 or not text.isprintable() and "\0" in text:
+    if not 200 <= len(text) <= 100_000 or "\0" in text:
         return False
     lines = text.splitlines()
     if max(map(len, lines)) > 300 or len(text) / len(lines) > 70:
