@@ -43,6 +43,15 @@ def _rope_rule(partial: bool, scaled: bool) -> Rule:
     return Rule(name, f"{left} {_ANGLE} {_ROPE}", guard=_halves, derive=None if scaled else _unscaled)
 
 
+def _doubled(trig: str) -> list[Rule]:
+    """Some models double the table, not the angle."""
+    return [Rule(f"doubled {trig}", f"concat({trig}(f), {trig}(f)){{axis=$a}} => {trig}(concat(f, f){{axis=$a}})"),
+            Rule(f"doubled {trig}, scaled",
+                 f"concat(mul_scalar({trig}(f)){{value=$v}}, mul_scalar({trig}(f)){{value=$v}}){{axis=$a}} => "
+                 f"mul_scalar({trig}(concat(f, f){{axis=$a}})){{value=$v}}")]
+
+
+DOUBLED = _doubled("cos") + _doubled("sin")
 ROPE = [_rope_rule(partial, scaled) for partial in (True, False) for scaled in (True, False)]
 
 _NORMED = ("rope(rms_norm(q, qw){eps=$eps}, cos, sin), rope(rms_norm(k, kw){eps=$eps}, cos, sin)")
@@ -85,7 +94,7 @@ class FuseAttention(RulePass):
 
     def run(self, graph: Graph, context: PassContext) -> Graph:
         """Rotary embedding first; transposes it leaves in pairs vanish; then attention around it."""
-        context.note(self.name, rewrite(graph, ROPE))
+        context.note(self.name, rewrite(graph, DOUBLED + ROPE))
         cancel_transposes(graph)
         share_equal(graph)  # every layer made the same tables
         return super().run(graph, context)

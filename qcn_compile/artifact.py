@@ -104,7 +104,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class CacheSpec:
-    """A cache the plan names. `unit_bytes` per KV page (kind kv, keys and values each) or per state slot.
+    """A cache the plan names. `unit_bytes` per KV page (keys and values together) or per state slot.
 
     kv:    part k is [pages, heads, dim, page], part v is [pages, heads, page, dim]
     conv:  [slots, width-1, channels]         delta: [slots, value_heads, key_dim, value_dim]

@@ -19,7 +19,7 @@ from qcn_compile.frontend import Traced, trace_model
 from qcn_compile.frontend.checkpoint import Located, locate
 from qcn_compile.ir.graph import Graph, count
 from qcn_compile.ir.text import print_graph
-from qcn_compile.ir.types import DType, StateKind
+from qcn_compile.ir.types import DType
 from qcn_compile.ir.verify import verify
 from qcn_compile.lowering.buckets import default_buckets
 from qcn_compile.lowering.decide import Decision, decide
@@ -164,8 +164,7 @@ def _manifest(traced: Traced, target: Target, decision: Decision, schedules: Seq
     for item in schedules:
         for name, state in item.graph.states.items():
             shape, size = target.cache_unit(state, PAGE_SIZE)
-            each = size // 2 if state.kind is StateKind.kv else size  # keys and values are two allocations
-            caches[name] = CacheSpec(name, state.kind.value, state.dtype.value, shape, each)
+            caches[name] = CacheSpec(name, state.kind.value, state.dtype.value, shape, size)
     logits = traced.main.outputs[0].tensor
     return Manifest(
         schema=SCHEMA, model={"name": traced.name, "config": traced.config},
