@@ -110,7 +110,7 @@ def _front(model: str | Path | None, target: str, options: Options, clock: Clock
            tell: Report) -> tuple[Target, Located, Traced, Decision]:
     """Target, checkpoint, traced graphs and decisions: everything before the passes."""
     chosen = load_target(target, options.mcpu)
-    located = locate(None if model is None else str(model), chosen.kind)
+    located = locate(None if model is None else str(model), "cpu" if chosen.kind == "null" else chosen.kind)
     with clock.stage("trace"):
         tell("trace", 0, 1)
         traced = trace_model(located, DType.f32)
