@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,9 @@ HUGE_PAGE = 2 << 20
 POINTER = 4  # QcnAny.type_index of a pointer
 ANY = np.dtype([("type_index", "<i4"), ("padding", "<i4"), ("pointer", "<u8")])
 LAUNCH = np.dtype([("function", "<u8"), ("args", "<u8"), ("n_args", "<i4"), ("reserved", "<i4")])
+CPUINFO = Path("/proc/cpuinfo")
+PROCESSOR_FLAGS = {"avx2": ("avx2", "fma", "f16c"), "avx512": ("avx512f", "avx512bw", "avx512vl", "avx512dq"),
+                   "vnni": ("avx512_vnni",)}  # features named in the manifest -> flags the kernel lists
 _NO_RESERVE = 0x4000  # MAP_NORESERVE of Linux: caches are reserved whole and touched as they fill
 
 
@@ -44,6 +47,19 @@ def allocate(nbytes: int) -> np.ndarray:
 def _ask_for_huge_pages(memory: mmap.mmap) -> None:
     with suppress(OSError):  # a kernel without transparent huge pages: slower, not wrong
         memory.madvise(mmap.MADV_HUGEPAGE)
+
+
+def check_processor(target: Mapping[str, Any]) -> None:
+    """Raises ArtifactError when this processor lacks what the build's kernels use, before they can trap."""
+    features = str(target.get("features", "")).split()
+    if not features or not CPUINFO.is_file():
+        return
+    lines = CPUINFO.read_text(encoding="utf-8").splitlines()
+    flags = next((set(line.split(":")[1].split()) for line in lines if line.startswith("flags")), set[str]())
+    lacking = [name for name in features if not flags.issuperset(PROCESSOR_FLAGS.get(name, (name,)))]
+    if lacking:
+        raise ArtifactError(f"the build was made for {target.get('mcpu')}, this processor lacks {', '.join(lacking)}; "
+                            "build again here, or with --mcpu naming this processor")
 
 
 def address(array: np.ndarray) -> int:

@@ -11,7 +11,7 @@ from qcn_compile.artifact import Arg, Manifest, Plan, read_plan
 from qcn_compile.errors import ArtifactError, CapacityError, DeviceError
 from qcn_compile.runtime.batch import Capacity, InputArrays, Span
 from qcn_compile.runtime.device import ANY, LAUNCH, POINTER, CpuDevice, address, allocate
-from qcn_compile.runtime.memory import MemoryPlan
+from qcn_compile.runtime.memory import MemoryPlan, page_part_bytes
 from qcn_compile.runtime.profile import Profile
 from qcn_compile.runtime.weights import Weights
 
@@ -91,7 +91,7 @@ class Executable:
         for cache in manifest.caches:
             if cache.kind == "kv":
                 for part in ("k", "v"):
-                    caches[cache.name, part] = allocate(self._memory.pages * cache.unit_bytes)
+                    caches[cache.name, part] = allocate(self._memory.pages * page_part_bytes(cache))
             else:
                 caches[cache.name, ""] = allocate(self._memory.slots * cache.unit_bytes)
         return caches

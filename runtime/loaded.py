@@ -17,7 +17,7 @@ import numpy as np
 from qcn_compile import settings
 from qcn_compile.artifact import Manifest, read_manifest
 from qcn_compile.errors import ArtifactError, QcnError, UsageError
-from qcn_compile.runtime.device import CpuDevice
+from qcn_compile.runtime.device import CpuDevice, check_processor
 from qcn_compile.runtime.engine import Engine, EngineConfig, Output, check_tokens
 from qcn_compile.runtime.executable import Executable
 from qcn_compile.runtime.memory import MemoryPlan, plan_memory
@@ -44,6 +44,7 @@ def load(build: str | PathLike[str], *, context_length: int | None = None, max_r
     started = time.perf_counter()
     path = Path(build)
     manifest = read_manifest(path, deep=verify)
+    check_processor(manifest.target)
     memory = plan_memory(manifest, context_length, max_running_requests, cache_memory)
     device = CpuDevice(path, manifest.libraries, threads or settings.threads(), pin)
     try:

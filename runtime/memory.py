@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
-from qcn_compile.artifact import Manifest
-from qcn_compile.errors import CapacityError, UsageError
+from qcn_compile.artifact import CacheSpec, Manifest
+from qcn_compile.errors import ArtifactError, CapacityError, UsageError
 
+ITEM_BYTES = {"f32": 4, "bf16": 2, "f16": 2, "f8e4m3": 1, "i8": 1}
 DEFAULT_SHARE = 0.5  # of the machine's memory that caches may grow into when no budget is given
 
 
@@ -44,7 +46,7 @@ def plan_memory(manifest: Manifest, context_length: int | None, max_running: int
                          "ask for less, or build again with a larger --context-length")
     if max_running < 1:
         raise UsageError(f"--max-running-requests {max_running}: must be at least 1")
-    page_bytes = sum(2 * cache.unit_bytes for cache in manifest.caches if cache.kind == "kv")
+    page_bytes = sum(cache.unit_bytes for cache in manifest.caches if cache.kind == "kv")
     slot_bytes = sum(cache.unit_bytes for cache in manifest.caches if cache.kind != "kv")
     each = -(-context // manifest.page_size)
     limit = int(_memory_bytes() * DEFAULT_SHARE) if budget is None else budget
@@ -56,6 +58,15 @@ def plan_memory(manifest: Manifest, context_length: int | None, max_running: int
                             f"the budget is {limit / 1e9:.3f} GB; lower --context-length or --max-running-requests, "
                             "or raise --cache-memory")
     return MemoryPlan(context, manifest.page_size, pages, max_running, pages * page_bytes, max_running * slot_bytes)
+
+
+def page_part_bytes(cache: CacheSpec) -> int:
+    """Bytes of a page's keys, which are as many as its values'. Raises ArtifactError when the sizes disagree."""
+    part = prod(cache.shape) * ITEM_BYTES[cache.dtype]
+    if cache.unit_bytes != 2 * part:
+        raise ArtifactError(f"cache {cache.name}: a page of shape {cache.shape} {cache.dtype} needs {2 * part} bytes "
+                            f"for keys and values, the manifest says {cache.unit_bytes}; build again with qcn-compile")
+    return part
 
 
 def _memory_bytes(limit: Path = Path("/sys/fs/cgroup/memory.max")) -> int:

@@ -98,7 +98,7 @@ def make_toy(build: Path) -> Path:
     plans = [toy_plan(*bucket) for bucket in BUCKETS]
     for plan in plans:
         write_json(build / "plan" / f"main-{plan.name}.json", plan.to_json())
-    caches = (CacheSpec("kv.0", "kv", "f32", (1, 4), 64), CacheSpec("delta.0", "delta", "f32", (16,), 64))
+    caches = (CacheSpec("kv.0", "kv", "f32", (1, 1, 16), 128), CacheSpec("delta.0", "delta", "f32", (16,), 64))
     seal(build, Manifest(
         schema=1, model={"name": "toy"}, target={"name": "cpu"}, decisions={}, caches=caches, page_size=PAGE,
         context_length=CONTEXT, vocab_size=VOCAB, hidden_size=1, plans=tuple(f"plan/main-{p.name}.json" for p in plans),

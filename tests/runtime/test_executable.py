@@ -153,6 +153,10 @@ def test_profile_counts_every_launch(model):
     ({"weights": {"mode": "late", "files": []}}, "mode 'late'"),
     ({"weights": {"mode": "copied", "files": []}}, "lack the blob u"),
     ({"caches": []}, "does not know: state"),
+    ({"caches": [{"name": "kv.0", "kind": "kv", "dtype": "f32", "shape": [1, 1, 16], "unit_bytes": 64}]},
+     "needs 128 bytes for keys and values, the manifest says 64"),
+    ({"target": {"kind": "cpu", "mcpu": "later", "features": "avx2 quantum"}},
+     "made for later, this processor lacks quantum"),
     ({"plans": []}, "no plan of the entry main"),
 ])
 def test_builds_that_do_not_fit_together(toy_copy, reseal, change, words):

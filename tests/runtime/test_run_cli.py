@@ -67,7 +67,8 @@ def test_chat_keeps_clears_and_leaves(toy_build):
 
 
 def test_profile_and_verbose_go_to_stderr(toy_build):
-    done = run(toy_build, "--prompt", "abc", "--max-tokens", "3", "--profile", "--verbose", "--verify")
+    done = run(toy_build, "--prompt", "abc", "--temperature", "0", "--max-tokens", "3", "--profile", "--verbose",
+               "--verify")
     assert done.returncode == 0
     for part in ("KV cache", "state slots", "plan decode-1", "toy_logits", "GB/s"):
         assert part in done.stderr
@@ -147,8 +148,8 @@ def test_interrupt(toy_build):
 
 
 def test_a_reader_that_goes_away(toy_build):
-    process = subprocess.Popen([*COMMAND, str(toy_build), "--threads", "1", "--prompt", "abc", "--json"],
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([*COMMAND, str(toy_build), "--threads", "1", "--prompt", "abc", "--json",
+                                "--temperature", "0"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process.stdout.readline()
     process.stdout.close()
     errors = process.stderr.read()
@@ -171,20 +172,29 @@ def test_the_first_token_comes_fast(toy_build):
 
 
 def on_terminal(build, *steps):
-    """Run --chat on a pseudo terminal; steps are (text to wait for, bytes to type). Returns its code and last words."""
+    """Run --chat on a pseudo terminal. Steps: (text to wait for, bytes to type or None to interrupt).
+
+    Returns the exit code and the last words.
+    """
     pid, terminal = pty.fork()
     if pid == 0:
         os.execv(sys.executable, [*COMMAND, str(build), "--threads", "1", "--chat", "--max-tokens", "4"])
     seen = ""
     for wait, typed in steps:
         while wait not in seen:
-            assert select.select([terminal], [], [], 30)[0], f"waited for {wait!r}, saw {seen!r}"
+            if not select.select([terminal], [], [], 20)[0]:
+                os.kill(pid, signal.SIGKILL)
+                raise AssertionError(f"waited for {wait!r}, saw {seen!r}")
             seen += os.read(terminal, 4096).decode("utf-8", "replace")
         seen = seen.partition(wait)[2]
-        os.write(terminal, typed)
+        if typed is None:
+            os.kill(pid, signal.SIGINT)
+        else:
+            os.write(terminal, typed)
     with contextlib.suppress(OSError):  # how a pseudo terminal says that its last user left
-        while select.select([terminal], [], [], 30)[0]:
+        while select.select([terminal], [], [], 20)[0]:
             seen += os.read(terminal, 4096).decode("utf-8", "replace")
+        os.kill(pid, signal.SIGKILL)
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     os.close(terminal)
     return code, seen
@@ -192,8 +202,8 @@ def on_terminal(build, *steps):
 
 def test_chat_on_a_terminal(toy_build):
     prompts = [("> ", b"hi\r"), ("tok/s", b""), ("> ", b"x y z " * 60 + b"\r"), ("/clear starts afresh", b"")]
-    assert on_terminal(toy_build, *prompts, ("> ", b"\x04"))[0] == 0
-    code, rest = on_terminal(toy_build, *prompts[:2], ("> ", b"\x03"))
+    assert on_terminal(toy_build, *prompts, ("> ", b"/exit\r"))[0] == 0
+    code, rest = on_terminal(toy_build, *prompts[:2], ("> ", None))
     assert code == 130 and "interrupted" in rest
 
 
