@@ -1,4 +1,4 @@
-"""`qcn-run`: stream an answer, chat, or (later) serve an artifact made by qcn-compile."""
+"""`qcn-run`: stream an answer, chat with, or serve an artifact made by qcn-compile."""
 
 from __future__ import annotations
 
@@ -12,18 +12,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from qcn_compile.errors import QcnError, UsageError
+from qcn_compile.runtime.server.flags import add_server_flags
 
 if TYPE_CHECKING:
     from qcn_compile.runtime.loaded import Model
     from qcn_compile.runtime.request import SamplingParams
 
 PROMPT_TOKENS, CHAT_TOKENS = 512, 4096
+RUNNING, SERVED = 4, 16
 INTERRUPTED = 128 + signal.SIGINT
 BROKEN_PIPE = 128 + signal.SIGPIPE
 EXAMPLES = """examples:
   qcn-run build/ --prompt "def fib(n):"
   qcn-run build/ --prompt - --temperature 0 < prompt.txt
   qcn-run build/ --chat
+  qcn-run build/ --port 8000
 """
 
 
@@ -42,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
     mode = p.add_argument_group("what to do (one of)").add_mutually_exclusive_group(required=True)
     mode.add_argument("--prompt", metavar="TEXT", help="continue this text; - reads it from stdin")
     mode.add_argument("--chat", action="store_true", help="chat line by line; /clear forgets, /exit leaves")
-    mode.add_argument("--port", type=int, metavar="N", help="serve the OpenAI API (not built yet)")
+    mode.add_argument("--port", type=int, metavar="N", help="serve the OpenAI and Anthropic APIs; 0 picks a port")
     s = p.add_argument_group("sampling (default: the model's generation_config.json)")
     s.add_argument("--max-tokens", type=int, metavar="N",
                    help=f"most new tokens (default {PROMPT_TOKENS}, with --chat {CHAT_TOKENS})")
@@ -56,10 +59,12 @@ def parser() -> argparse.ArgumentParser:
     m = p.add_argument_group("machine")
     m.add_argument("--threads", type=int, metavar="N", help="default: QCN_THREADS, or all cores of this process")
     m.add_argument("--context-length", type=int, metavar="N", help="tokens a sequence may have (default: the build's)")
-    m.add_argument("--max-running-requests", type=int, default=4, metavar="N")
+    m.add_argument("--max-running-requests", type=int, metavar="N",
+                   help=f"sequences computed at once (default {RUNNING}, with --port {SERVED})")
     m.add_argument("--cache-memory", type=float, metavar="GB", help="most memory for KV pages and states")
-    m.add_argument("--prefill-chunk", type=int, metavar="N", help="most prompt tokens a step")
+    m.add_argument("--prefill-chunk", "--chunked-prefill-size", type=int, metavar="N", help="most prompt tokens a step")
     m.add_argument("--huge-pages", action="store_true", help="copy weights to huge pages: later start, faster tokens")
+    add_server_flags(p)
     o = p.add_argument_group("output")
     o.add_argument("--json", action="store_true", help="one JSON object a line: every piece, then usage and timing")
     o.add_argument("--profile", action="store_true", help="time of every kernel, on stderr")
@@ -86,20 +91,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(arguments: argparse.Namespace, started: float) -> int:
     if arguments.port is not None:
-        raise UsageError("not built yet: the HTTP server of --port; use --prompt or --chat, "
-                         "or qcn_compile.load(build) from Python")
-    from qcn_compile.runtime.loaded import load
+        from qcn_compile.runtime.server.launch import serve
+
+        return serve(arguments, lambda: _load(arguments))
     from qcn_compile.runtime.profile import Profile
-    from qcn_compile.runtime.progress import Progress
     from qcn_compile.runtime.terminal import chat, complete
 
-    memory = arguments.cache_memory
-    with Progress() as progress:
-        model = load(arguments.build, context_length=arguments.context_length, threads=arguments.threads,
-                     max_running_requests=arguments.max_running_requests, prefill_chunk=arguments.prefill_chunk,
-                     cache_memory=None if memory is None else int(memory * 1e9), huge_pages=arguments.huge_pages,
-                     verify=arguments.verify, report=progress.report)
-    with model:
+    with _load(arguments) as model:
         params = _sampling(model, arguments)
         model.load_seconds = time.perf_counter() - started
         if arguments.verbose:
@@ -114,6 +112,20 @@ def _run(arguments: argparse.Namespace, started: float) -> int:
         if model.executable.profile:
             print("\n".join(model.executable.profile.lines()), file=sys.stderr)
     return 0
+
+
+def _load(arguments: argparse.Namespace) -> Model:
+    from qcn_compile.runtime.loaded import load
+    from qcn_compile.runtime.progress import Progress
+
+    memory, running = arguments.cache_memory, arguments.max_running_requests
+    if running is None:
+        running = RUNNING if arguments.port is None else SERVED
+    with Progress() as progress:
+        return load(arguments.build, context_length=arguments.context_length, threads=arguments.threads,
+                    max_running_requests=running, prefill_chunk=arguments.prefill_chunk,
+                    cache_memory=None if memory is None else int(memory * 1e9), huge_pages=arguments.huge_pages,
+                    verify=arguments.verify, report=progress.report)
 
 
 def _sampling(model: Model, arguments: argparse.Namespace) -> SamplingParams:

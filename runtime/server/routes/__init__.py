@@ -1,0 +1,1 @@
+"""What happens on each path: one file an API."""
