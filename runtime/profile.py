@@ -1,9 +1,10 @@
-"""Where the time of the steps went, per plan and kernel."""
+"""Where the time of the steps went, per plan, op and kernel."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 
@@ -12,13 +13,18 @@ from qcn_compile.artifact import Plan
 
 @dataclass
 class Row:
-    """One kernel of one plan: launches, seconds and bytes over all steps."""
+    """Ops of one plan that run the same kernels: calls, bytes, and the seconds of each kernel, over all steps."""
 
     plan: str
-    kernel: str
-    launches: int = 0
-    seconds: float = 0.0
+    op: str
+    kernels: tuple[str, ...]
+    kernel_seconds: np.ndarray
+    calls: int = 0
     bytes: int = 0
+
+    @property
+    def seconds(self) -> float:
+        return float(self.kernel_seconds.sum())
 
     @property
     def gigabytes_per_second(self) -> float:
@@ -29,20 +35,25 @@ class Profile:
     """Sums of the seconds the host library measured for each launch."""
 
     def __init__(self) -> None:
-        self._rows: dict[tuple[str, str], Row] = {}
+        self._rows: dict[tuple[str, str, tuple[str, ...]], Row] = {}
         self._steps: dict[str, int] = {}
 
     def add(self, plan: Plan, seconds: np.ndarray) -> None:
-        """One step: seconds f64 [launches] of `plan`."""
+        """One step: seconds f64 [launches] of `plan`. The launches of one op share the bytes counted for it."""
         self._steps[plan.name] = self._steps.get(plan.name, 0) + 1
-        for launch, spent in zip(plan.launches, seconds.tolist(), strict=True):
-            row = self._rows.setdefault((plan.name, launch.kernel), Row(plan.name, launch.kernel))
-            row.launches += 1
-            row.seconds += spent
-            row.bytes += launch.bytes
+        start = 0
+        for op, group in groupby(plan.launches, key=lambda launch: launch.op):
+            launches = list(group)
+            kernels, kind = tuple(launch.kernel for launch in launches), op.split()[0]
+            empty = Row(plan.name, kind, kernels, np.zeros(len(kernels)))
+            row = self._rows.setdefault((plan.name, kind, kernels), empty)
+            row.kernel_seconds += seconds[start:start + len(kernels)]
+            row.calls += 1
+            row.bytes += sum(launch.bytes for launch in launches)
+            start += len(kernels)
 
     def rows(self, plan: str) -> list[Row]:
-        """The kernels of a plan, slowest first."""
+        """The ops of a plan, slowest first."""
         return sorted((r for r in self._rows.values() if r.plan == plan), key=lambda row: -row.seconds)
 
     def lines(self) -> Iterator[str]:
@@ -51,8 +62,12 @@ class Profile:
             rows = self.rows(plan)
             total = sum(row.seconds for row in rows)
             yield f"plan {plan}: {steps} steps, {1e3 * total / steps:.3f} ms a step in kernels"
-            yield f"  {'ms/step':>9} {'share':>6} {'calls':>6} {'MB':>9} {'GB/s':>7}  kernel"
+            yield f"  {'ms/step':>9} {'share':>6} {'calls':>6} {'MB':>9} {'GB/s':>7}  op: kernel"
             for row in rows:
                 share = 100 * row.seconds / total if total else 0.0
-                yield (f"  {1e3 * row.seconds / steps:9.4f} {share:5.1f}% {row.launches // steps:6d} "
-                       f"{row.bytes / steps / 1e6:9.3f} {row.gigabytes_per_second:7.2f}  {row.kernel}")
+                one = f": {row.kernels[0]}" if len(row.kernels) == 1 else ""
+                yield (f"  {1e3 * row.seconds / steps:9.4f} {share:5.1f}% {row.calls // steps:6d} "
+                       f"{row.bytes / steps / 1e6:9.3f} {row.gigabytes_per_second:7.2f}  {row.op}{one}")
+                if not one:
+                    for kernel, spent in zip(row.kernels, row.kernel_seconds.tolist(), strict=True):
+                        yield f"  {1e3 * spent / steps:9.4f} {'':31}    {kernel}"

@@ -7,6 +7,7 @@ import random
 import numpy as np
 import pytest
 
+from qcn_compile.artifact import Launch, Plan
 from qcn_compile.errors import ArtifactError, CapacityError, DeviceError, UsageError
 from qcn_compile.runtime.loaded import load
 from qcn_compile.runtime.profile import Profile
@@ -138,10 +139,22 @@ def test_profile_counts_every_launch(model):
     model.executable.profile = Profile()
     model.logits([1] * 40)
     rows = model.executable.profile.rows("prefill-16")
-    assert sorted(r.kernel for r in rows) == ["toy_attention", "toy_embed", "toy_logits", "toy_state"]
-    assert all(r.launches == 3 and r.seconds > 0 and r.bytes == 3 * 64 for r in rows)
+    assert sorted(r.kernels for r in rows) == [("toy_attention",), ("toy_embed",), ("toy_logits",), ("toy_state",)]
+    assert all(r.calls == 3 and r.seconds > 0 and r.bytes == 3 * 64 for r in rows)
     text = list(model.executable.profile.lines())
     assert text[0].startswith("plan prefill-16: 3 steps") and "GB/s" in text[1]
+
+
+def test_profile_gives_an_ops_bytes_to_all_its_kernels():
+    launches = (Launch("sort", (), "moe %1", "", 100), Launch("up", (), "moe %1", ""),
+                Launch("norm", (), "norm %2", "", 7))
+    profile = Profile()
+    for _ in range(2):
+        profile.add(Plan("main", "p", 1, 1, 1, 0, launches, {}), np.array([1.0, 3.0, 2.0]))
+    moe, norm = profile.rows("p")
+    assert (moe.op, moe.kernels, moe.seconds, moe.bytes, moe.calls) == ("moe", ("sort", "up"), 8.0, 200, 2)
+    assert (norm.seconds, norm.bytes, norm.gigabytes_per_second) == (4.0, 14, 14 / 4e9)
+    assert [line.split()[-1] for line in profile.lines()][2:] == ["moe", "sort", "up", "norm"]
 
 
 @pytest.mark.parametrize(("change", "words"), [

@@ -89,7 +89,6 @@ def test_profile_and_verbose_go_to_stderr(toy_build):
     (["--prompt", ""], 2, "the prompt is empty"),
     (["--prompt", "x y " * 200], 8, "the context holds 128"),
     (["--prompt", "x", "--cache-memory", "0.0000001"], 8, "the budget is"),
-    (["--port", "8000"], 2, "not built yet: the HTTP server"),
 ])
 def test_mistakes_give_one_line_and_a_code(toy_build, flags, code, words):
     done = run(toy_build, *flags)
