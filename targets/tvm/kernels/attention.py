@@ -195,7 +195,8 @@ class HeadBlock:
             for r in range(self.size):
                 self.a.y[self.out + r * self.dim + d, n] = acc[r * n, n]
 
-        sweep(self.dim, 2 * self.m.lanes if self.dim % (2 * self.m.lanes) == 0 else self.m.lanes, columns)
+        pair = 2 * self.m.lanes
+        sweep(self.dim, pair if self.dim % pair == 0 and self.size <= 4 else self.m.lanes, columns)
 
     def finish(self, gate: Expr | None) -> None:
         for r in range(self.size):

@@ -22,15 +22,15 @@ Expr = Any
 
 @dataclass(frozen=True)
 class Machine:
-    """What kernels may assume of the processor: SIMD lanes of f32, and AVX2's integer products."""
+    """What kernels may assume of the processor: SIMD lanes of f32, AVX-512's int8 dot product."""
 
     lanes: int = 8
-    avx2: bool = True
+    vnni: bool = False
 
     @staticmethod
     def of(features: Sequence[str]) -> Machine:
         """From the feature names of data/cpu.toml."""
-        return Machine(8 if "avx2" in features else 4, "avx2" in features)
+        return Machine(16 if "avx512" in features else 8 if "avx2" in features else 4, "vnni" in features)
 
 
 class Array:

@@ -25,17 +25,18 @@ from qcn_compile.targets.tvm.kernels.core import (
     when,
 )
 from qcn_compile.targets.tvm.kernels.loops import count, each, sweep
-from qcn_compile.targets.tvm.kernels.tiles import GROUP, TILE, Tile, input_params, weight_params
+from qcn_compile.targets.tvm.kernels.integer import make_tile
+from qcn_compile.targets.tvm.kernels.tiles import GROUP, TILE, block_sizes, input_params, token_blocks, weight_params
 
 
 def linear(symbol: str, m: Machine, *, n: int, k: int, fmt: str, act: str, rows: str, times: int, stride: int,
-           block: int, add: str, stride_r: int) -> Function:
+           many: bool, add: str, stride_r: int) -> Function:
     """y[t] = W x[t] (+ r[t] with add=rows, + r with add=bias). x [rows, k], W tiles of [n, k] -> y [rows, n]."""
     extra = {"r": "float32"} if add else {}
     f = Function(symbol, **input_params(act), **weight_params(fmt), **extra, y="float32", counts="int32")
     with f as a:
         tokens = let("tokens", count(a, rows, times))
-        tile = Tile(a, m, k, fmt, act)
+        tile = make_tile(a, m, k, fmt, act)
         with parallel("j", -(-n // TILE)) as j:
             def one(first: Expr, size: int) -> None:
                 acc = local("acc", "float32", size * TILE)
@@ -44,20 +45,8 @@ def linear(symbol: str, m: Machine, *, n: int, k: int, fmt: str, act: str, rows:
                     with when(first + r < tokens):
                         _store(a, acc, r, first + r, j, n, add, stride_r)
 
-            token_blocks(tokens, block, one)
+            token_blocks(tokens, block_sizes(m, act, many), one)
     return f
-
-
-def token_blocks(tokens: Expr, block: int, body: Callable[[Expr, int], None]) -> None:
-    """body(first, size) for blocks of `block` tokens; a last lone token gets a block of one."""
-    if block == 1:
-        with loop("first", tokens) as first:
-            body(first, 1)
-        return
-    with loop("b", T.floordiv(tokens + block - 2, block)) as b:
-        body(b * block, block)
-    with when(T.floormod(tokens, block) == 1):
-        body(let("last", tokens - 1), 1)
 
 
 def _store(a: Arrays, acc: Array, r: int, t: Expr, j: Expr, n: int, add: str, stride_r: int) -> None:
@@ -81,9 +70,9 @@ def _store(a: Arrays, acc: Array, r: int, t: Expr, j: Expr, n: int, add: str, st
 
 def quantize(symbol: str, m: Machine, *, rows: str, times: int, width: int, stride: int, zero: int,
              threads: bool) -> Function:
-    """x [rows, width] f32 -> int8 codes, scale = max|x|/127 and zero point term -zero * scale * sum(codes), in groups
-    of 32; the last group is filled up with zeros."""
-    f = Function(symbol, x="float32", xq="int8", xs="float32", xm="float32", counts="int32")
+    """x [rows, width] f32 -> int8 codes, scale = max|x|/127 and zero point term -zero * sum(codes), in groups of 32;
+    the last group is filled up with zeros."""
+    f = Function(symbol, x="float32", xq="int8", xs="float32", xz="int32", counts="int32")
     groups = -(-width // GROUP)
     with f as a, each("t", count(a, rows, times), threads) as t:
         start = let("start", t * (stride or width))
@@ -104,7 +93,7 @@ def quantize(symbol: str, m: Machine, *, rows: str, times: int, width: int, stri
 
 
 def _quantize_group(a: Arrays, m: Machine, values: Array, g: Expr, zero: int) -> None:
-    """One group of 32 values into xq, xs, xm at group index g."""
+    """One group of 32 values into xq, xs, xz at group index g."""
     lanes = m.lanes
     most, total = local("most", "float32", lanes), local("total", "int32", lanes)
     most[0, lanes], total[0, lanes] = f32(0.0, lanes), i32(0, lanes)
@@ -116,7 +105,5 @@ def _quantize_group(a: Arrays, m: Machine, values: Array, g: Expr, zero: int) ->
         code = let("code", T.Cast(vector("int32", lanes), T.nearbyint(values[c, lanes] * splat(inverse, lanes))))
         total[0, lanes] = total[0, lanes] + code
         a.xq[g * GROUP + c, lanes] = T.Cast(vector("int8", lanes), code)
-    scale = let("scale", top / T.float32(127.0))
-    a.xs[g] = scale
-    if zero:
-        a.xm[g] = T.Cast("float32", math.total(total, lanes)) * scale * T.float32(-float(zero))
+    a.xs[g] = top / T.float32(127.0)
+    a.xz[g] = math.total(total, lanes) * T.int32(-zero)

@@ -26,9 +26,9 @@ from qcn_compile.targets.tvm.kernels.core import (
     when,
     wide,
 )
-from qcn_compile.targets.tvm.kernels.linear import token_blocks
+from qcn_compile.targets.tvm.kernels.integer import make_tile
 from qcn_compile.targets.tvm.kernels.loops import count, each, sweep
-from qcn_compile.targets.tvm.kernels.tiles import TILE, Tile, input_params, weight_params
+from qcn_compile.targets.tvm.kernels.tiles import TILE, Tile, block_sizes, input_params, token_blocks, weight_params
 
 PAD = 16  # a row of routing scratch is padded to whole vectors
 REMOVED, LOWEST = -1.0, -2.0  # probabilities are >= 0
@@ -138,37 +138,39 @@ def _clamped(e: Expr, experts: int) -> Expr:
 
 
 def moe_up(symbol: str, m: Machine, *, experts: int, slots: int, hidden: int, inner: int, fmt: str, act: str,
-           stride: int, block: int) -> Function:
+           stride: int, many: bool) -> Function:
     """h[pair] = silu(gate_e x[token]) * (up_e x[token]). Rows of h are padded to 8: [pairs, ceil8(inner)]."""
     f = Function(symbol, **input_params(act), **weight_params(fmt), plan="int32", h="float32")
     half, tiles = TILE // 2, -(-inner // (TILE // 2))
+    sizes = block_sizes(m, act, many)
     with f as a:
-        tile = Tile(a, m, hidden, fmt, act)
+        tile = make_tile(a, m, hidden, fmt, act)
 
         def store(acc: Array, r: int, pair: Expr, j: Expr) -> None:
             gate, up = acc[r * TILE, half], acc[r * TILE + half, half]
             a.h[wide(pair) * (tiles * half) + j * half, half] = math.silu(gate) * up
 
-        _expert_tiles(a.plan, experts, tiles, tile, block, stride, lambda pair: T.floordiv(pair, slots), store)
+        _expert_tiles(a.plan, experts, tiles, tile, sizes, stride, lambda pair: T.floordiv(pair, slots), store)
     return f
 
 
 def moe_down(symbol: str, m: Machine, *, experts: int, hidden: int, inner: int, fmt: str, act: str,
-             block: int) -> Function:
+             many: bool) -> Function:
     """o[pair] = down_e h[pair]. Rows of o are padded to 16: [pairs, ceil16(hidden)]."""
     f = Function(symbol, **input_params(act), **weight_params(fmt), plan="int32", o="float32")
     tiles = -(-hidden // TILE)
+    sizes = block_sizes(m, act, many)
     with f as a:
-        tile = Tile(a, m, inner, fmt, act)
+        tile = make_tile(a, m, inner, fmt, act)
 
         def store(acc: Array, r: int, pair: Expr, j: Expr) -> None:
             a.o[wide(pair) * (tiles * TILE) + j * TILE, TILE] = acc[r * TILE, TILE]
 
-        _expert_tiles(a.plan, experts, tiles, tile, block, -(-inner // 8) * 8, lambda pair: pair, store)
+        _expert_tiles(a.plan, experts, tiles, tile, sizes, -(-inner // 8) * 8, lambda pair: pair, store)
     return f
 
 
-def _expert_tiles(plan: Array, experts: int, tiles: int, tile: Tile, block: int, stride: int,
+def _expert_tiles(plan: Array, experts: int, tiles: int, tile: Tile, sizes: tuple[int, ...], stride: int,
                   source: Callable[[Expr], Expr], store: Callable[[Array, int, Expr, Expr], None]) -> None:
     """For every (expert with work, tile) in parallel: blocks of its pairs, `source(pair)` the row of x of each."""
     expert, start, order = 1, 1 + experts, 2 + 3 * experts
@@ -186,7 +188,7 @@ def _expert_tiles(plan: Array, experts: int, tiles: int, tile: Tile, block: int,
                 with when(begin + r < pairs):
                     store(acc, r, pair, j)
 
-        token_blocks(pairs, block, body)
+        token_blocks(pairs, sizes, body)
 
 
 def moe_combine(symbol: str, m: Machine, *, rows: str, slots: int, hidden: int, add: bool, stride_r: int,

@@ -8,12 +8,7 @@ from qcn_compile.targets.encoding import padded, quantized
 from qcn_compile.targets.tvm.lowering.site import COUNTS, Site, call, result, scratch
 from qcn_compile.targets.tvm.packing import HALF, TILE, group_count
 
-INT4_ZERO = 8  # nibbles are stored as code + 8
-
-
-def block_of(site: Site, encoding: Encoding) -> int:
-    """Tokens that share a load of weights: few when decoding, as many as fit the registers in prefill."""
-    return 4 if site.decode or encoding.activations == "int8" else 6
+ZERO = {"int4": 8, "int8": 128}  # what kernels may add to codes of weights to make them unsigned
 
 
 def weight_refs(site: Site, index: int, layout: str, encoding: Encoding) -> list[Ref]:
@@ -28,9 +23,9 @@ def quantized_input(name: str, x: Ref, capacity: int, depth: int, encoding: Enco
         return [], [x]
     groups = group_count(depth)
     parts = [scratch(f"{name}_q", capacity * padded(depth)), scratch(f"{name}_s", capacity * groups * 4),
-             scratch(f"{name}_m", capacity * groups * 4)]
+             scratch(f"{name}_z", capacity * groups * 4)]
     launch = call("quantize", [x, *parts, COUNTS], **count, width=depth, stride=stride, threads=threads,
-                  zero=INT4_ZERO if encoding.format == "int4" else 0)
+                  zero=ZERO[encoding.format])
     return [launch], parts
 
 
@@ -45,7 +40,7 @@ def linear(site: Site) -> list[Call]:
                                      not site.decode, rows)
     refs = [*source, *weight_refs(site, 1, "tiles", encoding), *([site.ref(2)] if add else []), result(), COUNTS]
     return [*before, call("linear", refs, n=n, k=k, fmt=encoding.format, act=encoding.activations, **rows,
-                          stride=site.stride(0) if encoding.activations == "f32" else 0, block=block_of(site, encoding),
+                          stride=site.stride(0) if encoding.activations == "f32" else 0, many=not site.decode,
                           add=add, stride_r=site.stride(2) if add == "rows" else 0)]
 
 
@@ -88,7 +83,7 @@ def _up(site: Site, rows: dict[str, Param], plan: Ref, h: Ref, experts: int, slo
                                      not site.decode, rows)
     refs = [*source, *weight_refs(site, 3, "gate_up", encoding), plan, h]
     return [*before, call("moe_up", refs, experts=experts, slots=slots, hidden=hidden, inner=inner,
-                          fmt=encoding.format, act=encoding.activations, block=4,
+                          fmt=encoding.format, act=encoding.activations, many=not site.decode,
                           stride=site.stride(0) if encoding.activations == "f32" else 0)]
 
 
@@ -100,7 +95,7 @@ def _down(site: Site, rows: dict[str, Param], plan: Ref, h: Ref, o: Ref, experts
                                      not site.decode, count)
     refs = [*source, *weight_refs(site, 4, "tiles", encoding), plan, o]
     return [*before, call("moe_down", refs, experts=experts, hidden=hidden, inner=inner, fmt=encoding.format,
-                          act=encoding.activations, block=4)]
+                          act=encoding.activations, many=not site.decode)]
 
 
 def _rows(site: Site, index: int) -> int:

@@ -1,0 +1,155 @@
+"""Tiles with int8 activations: exact integer sums inside a group of 32, one f32 chain over the groups.
+
+    acc[n] += scale_w[n, g] * (sum_k code_w[n, k] code_x[k] * scale_x[g])
+
+AVX2 and AVX-512 VNNI compute the same integers, so both give the same bits. Where an instruction wants unsigned codes, the
+weight is stored or made as code + zero, and `xz` = -zero * (sum of the codes of x in the group) takes the zero out again.
+"""
+
+from __future__ import annotations
+
+from tvm.tirx.script.builder import ir as T
+
+from qcn_compile.targets.tvm.kernels.core import Array, Arrays, Expr, Machine, f32, i32, let, local, loop, prefetch, splat
+from qcn_compile.targets.tvm.kernels.core import wide
+from qcn_compile.targets.tvm.kernels.tiles import AHEAD, GROUP, TILE, FloatTile, Tile, load_scales
+
+LINE = 64  # bytes: 16 rows of 4 int8 codes, or of 8 int4 codes
+
+
+def make_tile(a: Arrays, m: Machine, depth: int, format: str, activations: str) -> Tile:
+    """The tile for a format on a machine."""
+    if activations == "f32":
+        return FloatTile(a, m, depth, format)
+    return VnniTile(a, depth, format) if m.vnni else Avx2Tile(a, depth, format)
+
+
+class IntegerTile:
+    """What AVX2 and VNNI share: the walk over groups, and the f32 chain in vectors of `lanes` rows."""
+
+    lanes = 8
+
+    def __init__(self, a: Arrays, depth: int, format: str) -> None:
+        self.a, self.format, self.groups = a, format, -(-depth // GROUP)
+        self.lines = GROUP * TILE // LINE // (2 if format == "int4" else 1)  # lines of 64 bytes in a group
+
+    def multiply(self, index: Expr, rows: list[Expr], stride: int, acc: Array) -> None:
+        """acc[r] = W[tile index] x[rows[r]]. Codes of x are dense, so `stride` is not used."""
+        for r in range(len(rows)):
+            acc[r * TILE, TILE] = f32(0.0, TILE)
+        base = let("base", wide(index) * (self.groups * self.lines * LINE))
+        xq = [let(f"q{r}", row * (self.groups * GROUP // 4)) for r, row in enumerate(rows)]
+        xs = [let(f"d{r}", row * self.groups) for r, row in enumerate(rows)]
+        sums = local("sums", "int32", len(rows) * TILE)
+        with loop("g", self.groups) as g:
+            self.dot(let("wat", base + g * (self.lines * LINE)), [q + g * (GROUP // 4) for q in xq],
+                     [self.a.xz[d + g] for d in xs], sums)
+            scales = load_scales(self.a.s, index, self.groups, g, self.lanes)
+            for r, d in enumerate(xs):
+                x = splat(let("x", self.a.xs[d + g]), self.lanes)
+                for v, scale in enumerate(scales):
+                    at = r * TILE + v * self.lanes
+                    value = T.Cast(f"float32x{self.lanes}", sums[at, self.lanes]) * x
+                    acc[at, self.lanes] = T.fma(scale, value, acc[at, self.lanes])
+
+    def dot(self, at: Expr, xq: list[Expr], xz: list[Expr], sums: Array) -> None:
+        """sums[r] = integer products of one group: weights from byte `at`, x from int32 xq[r], zero terms xz[r]."""
+        raise NotImplementedError
+
+
+class VnniTile(IntegerTile):
+    """AVX-512 VNNI: 64 products of unsigned weight and signed x in one instruction, 16 rows of 4 inputs."""
+
+    lanes = 16
+
+    def dot(self, at: Expr, xq: list[Expr], xz: list[Expr], sums: Array) -> None:
+        for r, z in enumerate(xz):
+            sums[r * TILE, TILE] = splat(z, TILE)
+        for b in range(self.lines):
+            prefetch(self.a.w, at + b * LINE + AHEAD)
+            raw = let("raw", self.a.w[at + b * LINE, LINE])
+            for i, codes in enumerate(self._unsigned(raw)):
+                w = let("codes", codes)
+                for r, q in enumerate(xq):
+                    x = self.a.xq[q + (b * 2 + i if self.format == "int4" else b)]
+                    sums[r * TILE, TILE] = T.call_llvm_pure_intrin(
+                        "int32x16", "llvm.x86.avx512.vpdpbusd.512", sums[r * TILE, TILE], w,
+                        T.reinterpret("int8x64", splat(x, 16)))
+
+    def _unsigned(self, raw: Expr) -> list[Expr]:
+        """The codes of a line plus their zero: int4 comes as nibbles, int8 gets 128 by flipping its sign bit."""
+        if self.format == "int8":
+            return [T.bitwise_xor(raw, splat(T.int8(-128), 64))]
+        high = T.shift_right(T.reinterpret("uint16x32", raw), splat(T.uint16(4), 32))
+        return [T.reinterpret("int8x64", T.bitwise_and(part, splat(T.uint8(15), 64)))
+                for part in (raw, T.reinterpret("uint8x64", high))]
+
+
+class Avx2Tile(IntegerTile):
+    """AVX2: 32 products summed in pairs to 16 bits; lines of 64 bytes are two vectors of 8 rows."""
+
+    def dot(self, at: Expr, xq: list[Expr], xz: list[Expr], sums: Array) -> None:
+        (self._dot4 if self.format == "int4" else self._dot8)(at, xq, xz, sums)
+
+    def _dot4(self, at: Expr, xq: list[Expr], xz: list[Expr], sums: Array) -> None:
+        """Unsigned nibbles times signed bytes. 16 products of 15 * 127 fit 16 bits, a group has that many a lane."""
+        halves = local("halves", "int16", len(xq) * TILE * 2)
+        for r in range(len(xq)):
+            halves[r * 32, 32] = splat(T.int16(0), 32)
+        for b in range(self.lines):
+            prefetch(self.a.w, at + b * LINE + AHEAD)
+            for v in range(2):
+                raw = let("raw", self.a.w[at + b * LINE + v * 32, 32])
+                for high in range(2):
+                    nibble = let("nibble", _high(raw) if high else _low(raw))
+                    for r, q in enumerate(xq):
+                        lane = r * 32 + v * 16
+                        product = _maddubs(nibble, _four(self.a.xq[q + b * 2 + high]))
+                        halves[lane, 16] = halves[lane, 16] + product
+        for r, z in enumerate(xz):
+            zero = splat(let("z", z), 8)
+            for v in range(2):
+                sums[r * TILE + v * 8, 8] = _maddwd(halves[r * 32 + v * 16, 16], splat(T.int16(1), 16)) + zero
+
+    def _dot8(self, at: Expr, xq: list[Expr], xz: list[Expr], sums: Array) -> None:
+        """|w| times x with the sign of w; a pair of products fits 16 bits because codes stay within +-127."""
+        for r in range(len(xq)):
+            sums[r * TILE, TILE] = i32(0, TILE)
+        for b in range(self.lines):
+            prefetch(self.a.w, at + b * LINE + AHEAD)
+            for v in range(2):
+                w = let("w", self.a.w[at + b * LINE + v * 32, 32])
+                size = let("size", _sign(w, w))
+                for r, q in enumerate(xq):
+                    lane = r * TILE + v * 8
+                    pair = _maddubs(size, _sign(_four(self.a.xq[q + b]), w))
+                    sums[lane, 8] = sums[lane, 8] + _maddwd(pair, splat(T.int16(1), 16))
+
+
+def _low(raw: Expr) -> Expr:
+    return T.reinterpret("int8x32", T.bitwise_and(raw, splat(T.uint8(15), 32)))
+
+
+def _high(raw: Expr) -> Expr:
+    shifted = T.shift_right(T.reinterpret("uint16x16", raw), splat(T.uint16(4), 16))
+    return _low(T.reinterpret("uint8x32", shifted))
+
+
+def _four(x: Expr) -> Expr:
+    """Four int8 activations, an int32, in every lane."""
+    return T.reinterpret("int8x32", splat(x, 8))
+
+
+def _maddubs(u: Expr, s: Expr) -> Expr:
+    """Unsigned times signed bytes, neighbours summed (saturating) to int16x16."""
+    return T.call_llvm_pure_intrin("int16x16", "llvm.x86.avx2.pmadd.ub.sw", u, s)
+
+
+def _maddwd(a: Expr, b: Expr) -> Expr:
+    """int16 times int16, neighbours summed to int32x8."""
+    return T.call_llvm_pure_intrin("int32x8", "llvm.x86.avx2.pmadd.wd", a, b)
+
+
+def _sign(x: Expr, w: Expr) -> Expr:
+    """x with the sign of w, zero where w is zero."""
+    return T.call_llvm_pure_intrin("int8x32", "llvm.x86.avx2.psign.b", x, w)
