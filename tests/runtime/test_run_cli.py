@@ -186,13 +186,14 @@ def on_terminal(build, *steps):
                 raise AssertionError(f"waited for {wait!r}, saw {seen!r}")
             seen += os.read(terminal, 4096).decode("utf-8", "replace")
         seen = seen.partition(wait)[2]
-        if typed is None:
-            os.kill(pid, signal.SIGINT)
-        else:
+        if typed:
             os.write(terminal, typed)
     with contextlib.suppress(OSError):  # how a pseudo terminal says that its last user left
-        while select.select([terminal], [], [], 20)[0]:
-            seen += os.read(terminal, 4096).decode("utf-8", "replace")
+        for _ in range(40):
+            if typed is None:  # again and again: CPython's input() misses a signal that comes just before it waits
+                os.kill(pid, signal.SIGINT)
+            while select.select([terminal], [], [], 0.5)[0]:
+                seen += os.read(terminal, 4096).decode("utf-8", "replace")
         os.kill(pid, signal.SIGKILL)
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     os.close(terminal)
