@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from qcn_compile import load
 from qcn_compile.runtime.loaded import Model
-
 
 
 def tokens(model: Model, n: int, seed: int) -> list[int]:
@@ -38,7 +39,7 @@ def test_a_ragged_batch_equals_one_at_a_time(loaded: Callable[[str], Model], var
         close(logits, alone(model, ids))
 
 
-@pytest.mark.parametrize("cuts", [(1,), (31,), (32,), (33,), (63, 64, 65), (64, 128), (100, 101, 102, 103), (8, 16, 24)])
+@pytest.mark.parametrize("cuts", [(1,), (31,), (32,), (33,), (63, 64, 65), (64, 128), (100, 101, 102), (8, 16, 24)])
 def test_chunked_prefill_equals_whole(loaded: Callable[[str], Model], cuts: tuple[int, ...]) -> None:
     model = loaded("fp32")
     ids = tokens(model, 140, 7)
@@ -82,7 +83,8 @@ def test_generation_does_not_depend_on_company(loaded: Callable[[str], Model]) -
     assert [s.text() for s in streams] == sampled
 
 
-def test_threads_change_no_bit(builds: Callable[[str], object], loaded: Callable[[str], Model]) -> None:
+def test_threads_change_no_bit(builds: Callable[[str], Path], loaded: Callable[[str], Model], tmp_path: Path) -> None:
     ids = tokens(loaded("int4"), 75, 5)
-    with load(builds("int4"), threads=1) as one:
+    copy = shutil.copytree(builds("int4"), tmp_path / "copy")  # a build is open with one thread count at a time
+    with load(copy, threads=1) as one:
         assert np.array_equal(one.logits(ids), loaded("int4").logits(ids))

@@ -1,4 +1,4 @@
-"""Other members of the family, tiny and random: from a saved checkpoint through the compiler to transformers' logits."""
+"""Other members of the family, tiny and random: a saved checkpoint, compiled, against transformers' logits."""
 
 from __future__ import annotations
 
