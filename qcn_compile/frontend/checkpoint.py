@@ -21,6 +21,7 @@ SUPPORTED = ("qwen3_next", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_5", "qwen3_
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 _ASSETS = Path(qcn_compile.__file__).parent / "assets"
+_CODER_NEXT = "Qwen/Qwen3-Coder-Next"
 _WANTED = ["*.json", "*.safetensors", "*.jinja", "*.txt"]
 
 
@@ -57,9 +58,23 @@ def _default(target_kind: str) -> Located:
     if target_kind == "cpu":
         folder = _ASSETS / "tiny-coder"
         return Located(folder, folder.name, "no model named: the bundled tiny-coder, a toy", folder)
-    folder = _ASSETS / "qwen3-coder-next"
-    note = "no model named: the configuration of Qwen/Qwen3-Coder-Next, whose weights are not bundled"
-    return Located(None, "Qwen/Qwen3-Coder-Next", note, folder)
+    cached = _cached(_CODER_NEXT)
+    if cached is not None:
+        return Located(cached, _CODER_NEXT, f"no model named: {_CODER_NEXT} from the Hugging Face cache", cached)
+    note = f"no model named: the configuration of {_CODER_NEXT}, whose checkpoint is nowhere to be found"
+    return Located(None, _CODER_NEXT, note, _ASSETS / "qwen3-coder-next")
+
+
+def _cached(name: str) -> Path | None:
+    """The newest snapshot of a model in the Hugging Face cache, when it is whole."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(snapshot_download(name, cache_dir=settings.hub_cache(), local_files_only=True,
+                                        allow_patterns=_WANTED))
+    except OSError:
+        return None
+    return folder if _is_whole(folder) else None
 
 
 def _folder(folder: Path, name: str) -> Located:

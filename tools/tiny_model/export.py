@@ -76,7 +76,7 @@ def write_configs(cfg: TinyConfig, folder: Path) -> None:
         "do_sample": True,
         "eos_token_id": [IM_END, END_OF_TEXT],
         "pad_token_id": END_OF_TEXT,
-        "temperature": 1.0,
+        "temperature": 0.6,
         "top_k": 40,
         "top_p": 0.95,
     }
