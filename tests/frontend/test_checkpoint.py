@@ -205,9 +205,10 @@ def test_cached_snapshot_is_used_without_the_network(folder, tmp_path, monkeypat
     assert located.path == cached / "snapshots" / "abc" and located.name == "Owner/Model"
 
 
-def test_defaults_and_files():
+def test_defaults_and_files(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     located = locate(None, "cuda")
-    assert located.path is None and located.name == "Qwen/Qwen3-Coder-Next" and "not bundled" in located.note
+    assert located.path is None and located.name == "Qwen/Qwen3-Coder-Next" and "nowhere to be found" in located.note
     _, plain = load_config(located.config)
     assert plain["num_hidden_layers"] == 48 and plain["num_experts"] == 512
     with pytest.raises(ModelError, match="is a file; give the directory"):
