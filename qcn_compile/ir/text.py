@@ -57,7 +57,7 @@ _TOKEN = re.compile(r"""\s*(?:(?P<string>"(?:[^"\\]|\\.)*")
     |(?P<word>[a-z][\w]*)|(?P<mark>[(),={}]))""", re.X)
 
 
-class _Attrs:
+class AttrReader:
     """Recursive reader of `key=value, ...`."""
 
     def __init__(self, text: str) -> None:
@@ -179,7 +179,7 @@ class _Parser:
         operands = [None if a == "none" else self._use(a[1:]) for a in args]
         place = _LOC.match(found["loc"] or "")
         loc = Location(place["module"] or "", place["source"] or "") if place else Location()
-        op = Op(found["name"], operands, [], _Attrs(found["attrs"] or "").pairs(), loc)
+        op = Op(found["name"], operands, [], AttrReader(found["attrs"] or "").pairs(), loc)
         for name, type_ in _RESULT.findall(found["left"]):
             op.results.append(self._define(number, Value(name, parse_type(type_), op)))
         return op
