@@ -99,7 +99,8 @@ _REQUIRED = (int, float, bool, str, tuple, DType, StateRef)
 
 def op(name: str, operands: str, /, *, infer: Infer, effects: dict[str, str] | None = None,
        flops: Callable[..., int] | None = None, commutative: bool = False,
-       touched: Callable[..., dict[int, float]] | None = None, **attrs: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+       touched: Callable[..., dict[int, float]] | None = None,
+       **attrs: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register the decorated function as the reference of a new row.
 
     An attribute given as a type is required; given as a value it is optional with that default
