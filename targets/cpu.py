@@ -15,7 +15,7 @@ from qcn_compile.targets.base import Bucket, Call, Encoding, Kernel, Operand
 from qcn_compile.targets.spec import Hardware
 from qcn_compile.targets.tvm import lowering, processor
 from qcn_compile.targets.tvm.lowering.site import Site
-from qcn_compile.targets.tvm.packing import pack
+from qcn_compile.targets.tvm.packing import pack, state_columns
 
 PAGE = 32  # tokens of a KV page; kernels score 16 keys at a time
 KEYS = 16
@@ -49,15 +49,19 @@ class CpuTarget:
         return pack(layout, encoding, weight)
 
     def cache_unit(self, state: StateType, page_size: int) -> tuple[tuple[int, ...], int]:
-        """kv: ([heads, dim, page], bytes of keys and values); conv: [W-1, C]; delta: [Hv, Dk, Dv]. All in f32."""
+        """kv: ([heads, dim, page], bytes of keys and values); conv: [W-1, C]; delta: [Hv, Dv/c, Dk, c], c columns together."""
         if state.kind is StateKind.kv:
             if page_size != self.page_size:
                 raise LoweringError(f"page size {page_size}: this target was made for {self.page_size}; "
                                     f"use CpuTarget(page_size={page_size})")
             heads, dim = state.shape
             return (heads, dim, page_size), 2 * 4 * heads * dim * page_size
-        shape = (state.shape[1], state.shape[0]) if state.kind is StateKind.conv else state.shape
-        return shape, 4 * prod(shape)
+        if state.kind is StateKind.conv:
+            channels, past = state.shape
+            return (past, channels), 4 * channels * past
+        heads, depth, width = state.shape
+        columns = state_columns(width)
+        return (heads, width // columns, depth, columns), 4 * prod(state.shape)
 
     def emit(self, kernels: Sequence[Kernel], folder: Path,
              progress: Callable[[int, int], None] | None = None) -> list[str]:

@@ -168,8 +168,10 @@ class Bench:
         self.rng, self.keep = rng, []
 
     def array(self, data: np.ndarray) -> int:
-        self.keep.append(np.ascontiguousarray(data))
-        return int(self.keep[-1].ctypes.data)
+        area = memory(data.nbytes + 64)
+        area[:data.nbytes] = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
+        self.keep.append(area)
+        return int(area.ctypes.data)
 
     def place(self, size: int, offset: int) -> int:
         if size > len(self.pool):

@@ -24,6 +24,7 @@ from qcn_compile.ir.types import BatchType, Dim, StateKind, StateRef, StateType,
 from qcn_compile.targets.base import Bucket, Call, Encoding, Kernel, Operand, Ref
 from qcn_compile.targets.cpu import CpuTarget
 from qcn_compile.targets.encoding import encode
+from qcn_compile.targets.tvm.packing import state_columns
 
 GUARD = 24  # elements behind every buffer that must stay as they were
 DECODE = Bucket("decode-8", 8, 8, 8)
@@ -241,9 +242,13 @@ class Trial:
                            [[int(p) for p in row] for row in self.arrays["block_table"]], self.caches)
 
     def _native(self, state: StateType, part: str, data: np.ndarray) -> np.ndarray:
-        """Reference layout to the kernels': kv [pages, page, heads, dim], conv [slots, C, W-1]."""
+        """Reference layout to the kernels': kv [pages, page, heads, dim], conv [slots, C, W-1], delta [slots, Hv, Dk, Dv]."""
         if state.kind is StateKind.conv:
             data = data.swapaxes(1, 2)
+        elif state.kind is StateKind.delta:
+            slots, heads, depth, width = data.shape
+            columns = state_columns(width)
+            data = data.reshape(slots, heads, depth, width // columns, columns).swapaxes(2, 3)
         elif part:
             data = data.transpose(0, 2, 3, 1) if part == "k" else data.swapaxes(1, 2)
         return np.ascontiguousarray(data)

@@ -44,7 +44,8 @@ def test_cache_units() -> None:
     target = CpuTarget(page_size=16)
     assert target.cache_unit(StateType(StateKind.kv, DType.f32, (2, 8)), 16) == ((2, 8, 16), 2 * 4 * 2 * 8 * 16)
     assert target.cache_unit(StateType(StateKind.conv, DType.f32, (10, 3)), 16) == ((3, 10), 120)
-    assert target.cache_unit(StateType(StateKind.delta, DType.f32, (4, 5, 6)), 16) == ((4, 5, 6), 480)
+    assert target.cache_unit(StateType(StateKind.delta, DType.f32, (4, 5, 6)), 16) == ((4, 6, 5, 1), 480)
+    assert target.cache_unit(StateType(StateKind.delta, DType.f32, (4, 5, 64)), 16) == ((4, 2, 5, 32), 5120)
     with pytest.raises(LoweringError, match="page size 8: this target was made for 16"):
         target.cache_unit(StateType(StateKind.kv, DType.f32, (2, 8)), 8)
     with pytest.raises(LoweringError, match="multiple of 16"):

@@ -65,7 +65,7 @@ def test_activations_round_trip() -> None:
 
 
 @pytest.mark.parametrize(("encoding", "message"), [
-    (Encoding("fp8"), "weight format 'fp8' is unknown here; choose one of f32, bf16, int8, int4"),
+    (Encoding("fp6"), "weight format 'fp6' is unknown here; choose one of f32, bf16, int8, int4"),
     (Encoding("int4", 128), "group 128 is not supported on the CPU; use group 32"),
     (Encoding("bf16", 32, "int8"), "bf16 weights take f32 activations"),
     (Encoding("int8", 32, "bf16"), "activations 'bf16' are unknown here; choose f32 or int8"),

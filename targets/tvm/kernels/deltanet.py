@@ -1,11 +1,13 @@
 """Gated DeltaNet: convolution, gates and norms in one kernel; delta rule and gated norm in another.
 
-The columns of a state [Dk, Dv] never meet, so a block of columns stays in the first cache while all tokens of the
-sequence pass. The arithmetic of a token is the same for one token and for a thousand: prefill and decode agree bit
+The columns of a state [Dk, Dv] never meet. So they are stored in blocks of 32 columns, [Dv/32, Dk, 32]: a block of 16 KiB
+stays in the first cache while all tokens of the sequence pass. The arithmetic of a token is the same for one token and for a thousand: prefill and decode agree bit
 by bit.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 from tvm.tirx.script.builder import ir as T
 
@@ -27,6 +29,7 @@ from qcn_compile.targets.tvm.kernels.core import (
 )
 from qcn_compile.targets.tvm.kernels.loops import reduce_row, sweep
 from qcn_compile.targets.tvm.kernels.norm import inverse_rms
+from qcn_compile.targets.tvm.packing import state_columns
 
 L2_EPS = 1e-6
 SPANS = {"cu_seqlens": "int32", "context_lens": "int32", "slots": "int32", "counts": "int32"}
@@ -122,7 +125,7 @@ def delta_rule(symbol: str, m: Machine, *, key_heads: int, value_heads: int, key
                stride_z: int) -> Function:
     """S <- a S; u = beta (v - S^T k); S <- S + k u^T; o = S^T q; y = rms_norm(o, w) * silu(z).
 
-    Work item: (sequence, value head). delta state [slots, Hv, Dk, Dv], a = exp(g).
+    Work item: (sequence, value head). delta state [slots, Hv, Dv/c, Dk, c], c = state_columns(Dv); a = exp(g).
     """
     f = Function(symbol, mixed="float32", gates="float32", z="float32", w="float32", delta="float32", y="float32",
                  **SPANS)
@@ -132,14 +135,9 @@ def delta_rule(symbol: str, m: Machine, *, key_heads: int, value_heads: int, key
         state = let("state", (slot * value_heads + h) * (key_dim * value_dim))
         with when(fresh):
             sweep(key_dim * value_dim, m.lanes, lambda i, n: a.delta.__setitem__((state + i, n), f32(0.0, n)))
-        rule = Rule(a, m, key_heads, value_heads, key_dim, value_dim, h, state)
-        lanes = 4 * m.lanes if value_dim % (4 * m.lanes) == 0 else m.lanes
-
-        def columns(c: Expr, n: int) -> None:
-            with loop("t", end, begin) as t:
-                rule.token(t, c, n)
-
-        sweep(value_dim, lanes, columns)
+        rule = Rule(a, m, key_heads, value_heads, key_dim, value_dim, h)
+        with loop("c", value_dim // rule.columns) as c, loop("t", end, begin) as t:
+            rule.token(t, state + c * (key_dim * rule.columns), c * rule.columns)
         with loop("t", end, begin) as t:
             _gated_norm(a, m, let("row", (t * value_heads + h) * value_dim),
                         let("gate", t * (stride_z or value_heads * value_dim) + h * value_dim), value_dim, eps)
@@ -147,54 +145,71 @@ def delta_rule(symbol: str, m: Machine, *, key_heads: int, value_heads: int, key
 
 
 class Rule:
-    """One token of the delta rule on n columns of one head's state."""
+    """One token of the delta rule on one block of columns of a head's state.
 
-    def __init__(self, a: Arrays, m: Machine, key_heads: int, value_heads: int, key_dim: int, value_dim: int, h: Expr,
-                 state: Expr) -> None:
-        self.a, self.key_dim, self.value_dim, self.value_heads, self.h, self.state = (a, key_dim, value_dim,
-                                                                                      value_heads, h, state)
+    Sums over the rows of S run in a few chains, row i in chain i mod `chains`, so that additions need not wait.
+    """
+
+    def __init__(self, a: Arrays, m: Machine, key_heads: int, value_heads: int, key_dim: int, value_dim: int,
+                 h: Expr) -> None:
+        self.a, self.key_dim, self.value_dim, self.value_heads, self.h = a, key_dim, value_dim, value_heads, h
         head = let("key_head", T.floordiv(h, value_heads // key_heads))
         self.q, self.k = head * key_dim, (key_heads + head) * key_dim
         self.v = 2 * key_heads * key_dim + h * value_dim
         self.channels = 2 * key_heads * key_dim + value_heads * value_dim
-        self.lanes = m.lanes
+        self.columns = state_columns(value_dim)
+        self.lanes = m.lanes if self.columns % m.lanes == 0 else 1
+        self.chains = max(1, 8 * self.lanes // self.columns)
 
-    def token(self, t: Expr, c: Expr, n: int) -> None:
-        a, lanes = self.a, min(n, self.lanes)
+    def token(self, t: Expr, state: Expr, c: Expr) -> None:
+        """Token t on the block of `columns` columns from c on, whose state starts at `state`."""
+        a, n, lanes = self.a, self.columns, self.lanes
         row = let("row", t * self.channels)
         fade = splat(let("fade", a.gates[t * (2 * self.value_heads) + self.h]), lanes)
         beta = splat(let("beta", a.gates[t * (2 * self.value_heads) + self.value_heads + self.h]), lanes)
-        u, o = local("u", "float32", 2 * n), local("o", "float32", n)
-        u[0, 2 * n], o[0, n] = f32(0.0, 2 * n), f32(0.0, n)
-        self._read(row, c, n, u)
+        u, o = local("u", "float32", self.chains * n), local("o", "float32", self.chains * n)
+        for v in range(0, self.chains * n, lanes):
+            u[v, lanes] = o[v, lanes] = f32(0.0, lanes)
+        self._rows(lambda i, chain: self._read(row, state, i, chain, u))
+        self._merge(u)
         for v in range(0, n, lanes):
-            seen = (u[v, lanes] + u[n + v, lanes]) * fade
-            u[v, lanes] = (a.mixed[row + self.v + c + v, lanes] - seen) * beta
-        with loop("i", self.key_dim) as i:
-            k = splat(let("ki", a.mixed[row + self.k + i]), lanes)
-            q = splat(let("qi", a.mixed[row + self.q + i]), lanes)
-            at = let("at", self.state + i * self.value_dim + c)
-            for v in range(0, n, lanes):
-                new = let("new", T.fma(k, u[v, lanes], a.delta[at + v, lanes] * fade))
-                a.delta[at + v, lanes] = new
-                o[v, lanes] = T.fma(new, q, o[v, lanes])
-        a.y[(t * self.value_heads + self.h) * self.value_dim + c, n] = o[0, n]
+            u[v, lanes] = (a.mixed[row + self.v + c + v, lanes] - u[v, lanes] * fade) * beta
+        self._rows(lambda i, chain: self._write(row, state, i, chain, u, o, fade))
+        self._merge(o)
+        for v in range(0, n, lanes):
+            a.y[(t * self.value_heads + self.h) * self.value_dim + c + v, lanes] = o[v, lanes]
 
-    def _read(self, row: Expr, c: Expr, n: int, u: Array) -> None:
-        """u = S^T k in two chains, even and odd rows of S; u is [2, n]."""
-        lanes = min(n, self.lanes)
+    def _rows(self, step: Callable[[Expr, int], None]) -> None:
+        """step(row of S, chain) for all rows."""
+        with loop("i", self.key_dim // self.chains) as i:
+            for chain in range(self.chains):
+                step(i * self.chains + chain, chain)
+        for chain in range(self.key_dim % self.chains):
+            step(self.key_dim // self.chains * self.chains + chain, chain)
 
-        def step(i: Expr, chain: int) -> None:
-            k = splat(let("ki", self.a.mixed[row + self.k + i]), lanes)
-            at = let("at", self.state + i * self.value_dim + c)
-            for v in range(0, n, lanes):
-                u[chain * n + v, lanes] = T.fma(self.a.delta[at + v, lanes], k, u[chain * n + v, lanes])
+    def _read(self, row: Expr, state: Expr, i: Expr, chain: int, u: Array) -> None:
+        """u += k[i] S[i]."""
+        k = splat(let("ki", self.a.mixed[row + self.k + i]), self.lanes)
+        for v in range(0, self.columns, self.lanes):
+            at = chain * self.columns + v
+            u[at, self.lanes] = T.fma(self.a.delta[state + i * self.columns + v, self.lanes], k, u[at, self.lanes])
 
-        with loop("i", self.key_dim // 2) as i:
-            step(i * 2, 0)
-            step(i * 2 + 1, 1)
-        if self.key_dim % 2:
-            step(self.key_dim - 1, 0)
+    def _write(self, row: Expr, state: Expr, i: Expr, chain: int, u: Array, o: Array, fade: Expr) -> None:
+        """S[i] <- fade S[i] + k[i] u;  o += q[i] S[i]."""
+        k = splat(let("ki", self.a.mixed[row + self.k + i]), self.lanes)
+        q = splat(let("qi", self.a.mixed[row + self.q + i]), self.lanes)
+        for v in range(0, self.columns, self.lanes):
+            at = let("at", state + i * self.columns + v)
+            new = let("new", T.fma(k, u[v, self.lanes], self.a.delta[at, self.lanes] * fade))
+            self.a.delta[at, self.lanes] = new
+            sum_ = chain * self.columns + v
+            o[sum_, self.lanes] = T.fma(new, q, o[sum_, self.lanes])
+
+    def _merge(self, sums: Array) -> None:
+        """Add the chains up into the first."""
+        for chain in range(1, self.chains):
+            for v in range(0, self.columns, self.lanes):
+                sums[v, self.lanes] = sums[v, self.lanes] + sums[chain * self.columns + v, self.lanes]
 
 
 def _gated_norm(a: Arrays, m: Machine, row: Expr, gate: Expr, width: int, eps: float) -> None:
