@@ -6,6 +6,7 @@ kernel multiplies with, so it is the reference of every quantised kernel and of 
     int8   codes -127..127, scale = max|w| / 127
     int4   codes -8..7, scale = -(the value of largest magnitude) / 8, so that this value is hit exactly (as in Q4_0)
     bf16   codes are bit patterns, rounded to nearest even; no scales
+    fp8    e4m3 codes, one f32 scale per block of 128 x 128 (GPU; see `fp8`)
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import numpy as np
 
 from qcn_compile.errors import UsageError
+from qcn_compile.targets import fp8
 from qcn_compile.targets.base import Encoding
 
 GROUP = 32
@@ -55,6 +57,8 @@ def groups(w: np.ndarray) -> np.ndarray:
 def quantize(w: np.ndarray, encoding: Encoding) -> tuple[np.ndarray, np.ndarray | None]:
     """f32 [..., K] -> (codes, scales): int8 [..., K padded to 32] and f16 [..., groups] for int8 and int4,
     uint16 [..., K] and None for bf16, f32 [..., K] and None for f32."""
+    if encoding.format == "fp8":
+        return fp8.quantize(w)
     check(encoding)
     if encoding.format == "f32":
         return np.asarray(w, np.float32), None
@@ -79,6 +83,8 @@ def dequantize(codes: np.ndarray, scales: np.ndarray | None, encoding: Encoding,
         return from_bf16(codes)
     if scales is None:
         raise UsageError(f"{encoding.format} codes come with scales; none were given")
+    if encoding.format == "fp8":
+        return fp8.dequantize(codes, scales)
     blocks = codes.reshape(*codes.shape[:-1], -1, GROUP).astype(np.float32) * scales.astype(np.float32)[..., None]
     return blocks.reshape(*codes.shape)[..., :size]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from qcn_compile.errors import UsageError
 from qcn_compile.targets.base import Target
 
-GPUS = ("a100", "h100", "h200", "b200", "mi300x")
+GPUS = ("a100", "h100", "h200", "b200")
 
 
 def load_target(name: str, mcpu: str | None = None) -> Target:
@@ -19,5 +19,7 @@ def load_target(name: str, mcpu: str | None = None) -> Target:
 
         return NullTarget()
     if name in GPUS:
-        raise UsageError(f"--target {name}: GPU kernels are not built yet; known today: cpu, null")
-    raise UsageError(f"--target {name}: unknown; choose cpu or null")
+        from qcn_compile.targets.triton.target import GpuTarget
+
+        return GpuTarget(name)
+    raise UsageError(f"--target {name}: unknown; choose cpu, null or one of {', '.join(GPUS)}")

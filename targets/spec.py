@@ -24,9 +24,12 @@ class Figure:
 
 @dataclass(frozen=True)
 class Hardware:
-    """One chip. Bandwidth in GB/s, flops in GFLOP/s of f32, memory in GB; a figure nobody knows is None.
+    """One chip. Bandwidth in GB/s, flops in GFLOP/s (f32 on a CPU, dense bf16 on a GPU), memory in GB; a figure
+    nobody knows is None.
 
-    `mcpu` is LLVM's name of the processor ("" means: ask LLVM for the host's), `features` what kernels may use.
+    CPU: `mcpu` is LLVM's name of the processor ("" means: ask LLVM for the host's), `features` what kernels may use.
+    GPU: `arch` is the compute capability times ten, `shared` the bytes of shared memory a block may ask for, `cores`
+    the multiprocessors.
     """
 
     name: str
@@ -39,6 +42,8 @@ class Hardware:
     flops: Figure | None = None
     memory: Figure | None = None
     aliases: tuple[str, ...] = field(default=())
+    arch: int = 0
+    shared: int = 0
 
 
 @cache
@@ -58,7 +63,8 @@ def _hardware(name: str, row: dict[str, Any]) -> Hardware:
                for key in FIGURES if key in row}
     return Hardware(name, str(row["kind"]), tuple(row["dtypes"]), str(row.get("mcpu", "")),
                     tuple(row.get("features", ())), figures.get("cores"), figures.get("bandwidth"),
-                    figures.get("flops"), figures.get("memory"), tuple(row.get("aliases", ())))
+                    figures.get("flops"), figures.get("memory"), tuple(row.get("aliases", ())),
+                    int(row.get("arch", 0)), int(row.get("shared", 0)))
 
 
 def hardware(name: str) -> Hardware:

@@ -1,0 +1,95 @@
+"""The kernel families by name: where the function is and what its pointers are. Imports no Triton.
+
+A signature lists the pointer arguments in order, each `name:dtype`. `{P}` stands for parameter P of the kernel,
+`name?F` is given only when parameter F is true (else the function gets None), `name~` promises no 16-byte alignment.
+Everything else that the function takes is a parameter of the kernel, by the name it has there, and compiled in.
+`WARPS` and `STAGES` are compile options.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from qcn_compile.targets.base import Kernel, Param
+
+OPTIONS = ("WARPS", "STAGES")
+ITEMSIZE = {"bf16": 2, "f32": 4, "i32": 4, "fp8": 1}
+_POINTER = re.compile(r"(\w+)(~?)(?:\?(\w+))?:(\{(\w+)\}|\w+)$")
+_BATCH = "token_seq:i32 cu:i32 context_lens:i32 block_table:i32 counts:i32"
+_SPANS = "cu:i32 context_lens:i32 slots:i32 counts:i32"
+
+
+@dataclass(frozen=True)
+class Pointer:
+    """A pointer argument: its name, element type (bf16, f32, i32 or fp8) and whether it starts at 16 bytes."""
+
+    name: str
+    dtype: str
+    aligned: bool
+
+
+@dataclass(frozen=True)
+class Family:
+    """A kernel function and its signature."""
+
+    module: str
+    signature: str
+
+    def pointers(self, kernel: Kernel) -> tuple[list[Pointer], list[str]]:
+        """The pointers a kernel of this family takes, and the names of those it is given as None."""
+        params = dict(kernel.params)
+        present, absent = [], []
+        for word in self.signature.split():
+            found = _POINTER.match(word)
+            assert found is not None, word
+            name, loose, flag, dtype, param = found.groups()
+            if flag and not params[flag]:
+                absent.append(name)
+            else:
+                present.append(Pointer(name, str(params[param]) if param else dtype, not loose))
+        return present, absent
+
+
+_ROUTED = "order:i32 owner:i32 found:i32 w:{W} s?SCALED:f32"
+FAMILIES = {
+    "embedding": Family("rows", "ids:i32 w:bf16 y:bf16 counts:i32"),
+    "gather_rows": Family("rows", "x:bf16 rows:i32 y:bf16 counts:i32"),
+    "rms_norm": Family("rows", "x:bf16 r?ADD:bf16 w:f32 z?GATE:bf16 total?ADD:bf16 y:bf16 counts:i32"),
+    "unary": Family("rows", "x~:{X} y:{X} counts:i32"),
+    "binary": Family("rows", "a~:{A} b~:{B} y:{Y} counts:i32"),
+    "copy_columns": Family("rows", "x~:bf16 y:bf16 counts:i32"),
+    "gemv": Family("linear", "x:bf16 w:{W} s?SCALED:f32 r?ADDEND:{R} y:bf16 counts:i32"),
+    "matmul": Family("linear", "x:bf16 w:{W} s?SCALED:f32 r?ADDEND:{R} y:bf16 counts:i32"),
+    "moe_route": Family("moe", "logits~:bf16 ids:i32 weights:f32 counts:i32"),
+    "moe_up": Family("moe", "x:bf16 ids:i32 w:{W} s?SCALED:f32 h:bf16 counts:i32"),
+    "moe_down": Family("moe", "h:bf16 ids:i32 weights:f32 w:{W} s?SCALED:f32 r?ADD:bf16 y:bf16 counts:i32"),
+    "moe_count": Family("moe", "ids:i32 found:i32 counts:i32"),
+    "moe_place": Family("moe", "ids:i32 found:i32 order:i32 owner:i32 counts:i32"),
+    "moe_up_tiles": Family("moe", f"x:bf16 {_ROUTED} h:bf16 counts:i32"),
+    "moe_down_tiles": Family("moe", f"h:bf16 {_ROUTED} o:bf16 counts:i32"),
+    "moe_combine": Family("moe", "o:bf16 weights:f32 r?ADD:bf16 y:bf16 counts:i32"),
+    "delta_step": Family("delta", "x:bf16 z:bf16 b~:bf16 a~:bf16 conv_w:f32 decay:f32 dt_bias:f32 norm_w:f32 "
+                                  f"ring:bf16 state:f32 y:bf16 {_SPANS}"),
+    "delta_conv": Family("delta", f"x:bf16 conv_w:f32 ring:bf16 mixed:bf16 token_seq:i32 {_SPANS}"),
+    "delta_keep": Family("delta", f"x:bf16 ring:bf16 {_SPANS}"),
+    "delta_rule": Family("delta", f"mixed:bf16 b~:bf16 a~:bf16 decay:f32 dt_bias:f32 state:f32 o:bf16 {_SPANS}"),
+    "rope_table": Family("attention", "positions:i32 inv_freq:f32 cos:f32 sin:f32 counts:i32"),
+    "rope_append": Family("attention", "q:bf16 k:bf16 v:bf16 q_w?Q_NORM:f32 k_w?K_NORM:f32 cos:f32 sin:f32 y:bf16 "
+                                       f"keys:bf16 values:bf16 {_BATCH}"),
+    "attention_split": Family("attention", f"q:bf16 part:f32 score:f32 keys:bf16 values:bf16 {_BATCH}"),
+    "attention_combine": Family("attention", "part:f32 score:f32 gate?GATE:bf16 y:bf16 counts:i32"),
+    "attention_prefill": Family("attention", f"q:bf16 gate?GATE:bf16 y:bf16 keys:bf16 values:bf16 {_BATCH}"),
+}
+HIDDEN = ("W", "A", "B", "X", "Y", "R", "ADDEND")  # parameters that only say what a pointer is
+
+
+def options(kernel: Kernel) -> dict[str, int]:
+    """num_warps and num_stages of a kernel."""
+    params = dict(kernel.params)
+    return {"num_warps": int(params.get("WARPS", 4)), "num_stages": int(params.get("STAGES", 2))}
+
+
+def constants(kernel: Kernel) -> dict[str, Param]:
+    """What is compiled in: every parameter of the function that is no pointer, PDL left out."""
+    return {name: value for name, value in kernel.params if name not in (*OPTIONS, *HIDDEN)}

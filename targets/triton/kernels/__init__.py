@@ -1,0 +1,1 @@
+"""Triton kernels by theme. Importing a module here imports Triton; `families` lists them without it."""

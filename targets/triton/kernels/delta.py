@@ -1,0 +1,143 @@
+"""Gated DeltaNet. State [slots, HV, DK, DV] f32; the convolution keeps its last inputs in a ring [slots, RING, C],
+the input of position p at row p % RING.
+
+RING is large enough that a step of up to RING - 3 tokens writes no row that the same step reads, so programs that share
+channels need no order among them; longer steps write the ring in a launch of their own (`delta_keep`).
+"""
+
+import triton
+import triton.language as tl
+
+from qcn_compile.targets.triton.kernels.common import begin, rounded, silu
+from qcn_compile.targets.triton.kernels.rows import softplus
+
+
+@triton.jit
+def conv_silu(x, ring, w, c, t, start, context, C: tl.constexpr, TAPS: tl.constexpr, RING: tl.constexpr,
+              SX: tl.constexpr, mask):
+    """silu(conv) of channels c at token t: inputs of this step from x, earlier ones from the ring, zeros before all."""
+    acc = tl.load(x + t * SX + c, mask=mask, other=0.0).to(tl.float32)
+    acc *= tl.load(w + (TAPS - 1) * C + c, mask=mask, other=0.0)
+    for j in tl.static_range(1, TAPS):
+        tap = tl.load(w + (TAPS - 1 - j) * C + c, mask=mask, other=0.0)
+        fresh = t - j >= start
+        position = context + t - j - start
+        v = tl.load(x + (t - j) * SX + c, mask=mask & fresh, other=0.0).to(tl.float32)
+        old = mask & (t - j < start) & (position >= 0)
+        v += tl.load(ring + ((position + RING) % RING) * C + c, mask=old, other=0.0).to(tl.float32)
+        acc += v * tap
+    return rounded(silu(rounded(acc)))
+
+
+@triton.jit
+def keep_inputs(x, ring, c, start, stop, context, C: tl.constexpr, TAPS: tl.constexpr, RING: tl.constexpr,
+                SX: tl.constexpr, mask):
+    """Write the last TAPS - 1 inputs of this step into the ring."""
+    for j in tl.static_range(1, TAPS):
+        t = stop - j
+        row = (context + t - start + RING) % RING
+        v = tl.load(x + t * SX + c, mask=mask & (t >= start), other=0.0)
+        tl.store(ring + row * C + c, v, mask=mask & (t >= start))
+
+
+@triton.jit
+def step(st, q, k, v, a, b, decay, dt_bias, DK: tl.constexpr):
+    """One token: the new state [DK, BV] and the output [BV]. The formula of `delta_rule` in the op table."""
+    q *= tl.rsqrt(tl.sum(q * q, 0) + 1e-6) * (DK ** -0.5)
+    k *= tl.rsqrt(tl.sum(k * k, 0) + 1e-6)
+    st *= tl.exp(decay * softplus(a + dt_bias))
+    change = (v - tl.sum(st * k[:, None], 0)) * rounded(tl.sigmoid(b))
+    st += k[:, None] * change[None, :]
+    return st, tl.sum(st * q[:, None], 0)
+
+
+@triton.jit
+def delta_step(x, z, b, a, conv_w, decay, dt_bias, norm_w, ring, state, y, cu, context_lens, slots, counts,
+               HK: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, TAPS: tl.constexpr,
+               RING: tl.constexpr, SX: tl.constexpr, SZ: tl.constexpr, SB: tl.constexpr, SA: tl.constexpr,
+               EPS: tl.constexpr, PDL: tl.constexpr):
+    """The whole mixer for a few tokens: convolution, gates, rule, gated norm. Grid (HV, S); one program owns a head."""
+    h, s = tl.program_id(0), tl.program_id(1)
+    repeat: tl.constexpr = HV // HK
+    channels: tl.constexpr = 2 * HK * DK + HV * DV
+    group = h // repeat
+    ik, iv = tl.arange(0, DK), tl.arange(0, DV)
+    alive = s < tl.load(counts + 1)
+    slot = tl.load(slots + s, mask=alive, other=0).to(tl.int64)
+    context = tl.load(context_lens + s, mask=alive, other=0)
+    start, stop = tl.load(cu + s, mask=alive, other=0), tl.load(cu + s + 1, mask=alive, other=0)
+    at = state + (slot * HV + h) * (DK * DV) + ik[:, None] * DV + iv[None, :]
+    st = tl.load(at, mask=alive & (context > 0) & (ik[:, None] >= 0), other=0.0)
+    head_decay, head_bias = tl.load(decay + h), tl.load(dt_bias + h)
+    norm = tl.load(norm_w + iv)
+    own = ring + slot * (RING * channels)
+    cq, ck, cv = group * DK + ik, HK * DK + group * DK + ik, 2 * HK * DK + h * DV + iv
+    begin(PDL)
+    for t in range(start, stop):
+        q = conv_silu(x, own, conv_w, cq, t, start, context, channels, TAPS, RING, SX, ik >= 0)
+        k = conv_silu(x, own, conv_w, ck, t, start, context, channels, TAPS, RING, SX, ik >= 0)
+        v = conv_silu(x, own, conv_w, cv, t, start, context, channels, TAPS, RING, SX, iv >= 0)
+        st, out = step(st, q, k, v, tl.load(a + t * SA + h).to(tl.float32), tl.load(b + t * SB + h).to(tl.float32),
+                       head_decay, head_bias, DK)
+        out = rounded(out)
+        gate = silu(tl.load(z + t * SZ + h * DV + iv).to(tl.float32))
+        out = out * tl.rsqrt(tl.sum(out * out, 0) / DV + EPS) * norm * gate
+        tl.store(y + t * (HV * DV) + h * DV + iv, out.to(tl.bfloat16))
+    tl.store(at, st, mask=alive & (ik[:, None] >= 0) & (iv[None, :] >= 0))
+    keep_inputs(x, own, cv, start, stop, context, channels, TAPS, RING, SX, iv >= 0)
+    if h % repeat == 0:
+        keep_inputs(x, own, cq, start, stop, context, channels, TAPS, RING, SX, ik >= 0)
+        keep_inputs(x, own, ck, start, stop, context, channels, TAPS, RING, SX, ik >= 0)
+
+
+@triton.jit
+def delta_conv(x, conv_w, ring, mixed, token_seq, cu, context_lens, slots, counts, C: tl.constexpr, BC: tl.constexpr,
+               TAPS: tl.constexpr, RING: tl.constexpr, SX: tl.constexpr, PDL: tl.constexpr):
+    """mixed[t] = silu(conv) of every channel. Grid (T, C/BC)."""
+    t = tl.program_id(0)
+    c = tl.program_id(1) * BC + tl.arange(0, BC)
+    begin(PDL)
+    if t < tl.load(counts):
+        s = tl.load(token_seq + t)
+        own = ring + tl.load(slots + s).to(tl.int64) * (RING * C)
+        v = conv_silu(x, own, conv_w, c, t, tl.load(cu + s), tl.load(context_lens + s), C, TAPS, RING, SX, c < C)
+        tl.store(mixed + t * C + c, v.to(tl.bfloat16), mask=c < C)
+
+
+@triton.jit
+def delta_keep(x, ring, cu, context_lens, slots, counts, C: tl.constexpr, BC: tl.constexpr, TAPS: tl.constexpr,
+               RING: tl.constexpr, SX: tl.constexpr, PDL: tl.constexpr):
+    """The last inputs of every sequence into its ring, after `delta_conv` has read it. Grid (S, C/BC)."""
+    s = tl.program_id(0)
+    c = tl.program_id(1) * BC + tl.arange(0, BC)
+    begin(PDL)
+    if s < tl.load(counts + 1):
+        own = ring + tl.load(slots + s).to(tl.int64) * (RING * C)
+        keep_inputs(x, own, c, tl.load(cu + s), tl.load(cu + s + 1), tl.load(context_lens + s), C, TAPS, RING, SX, c < C)
+
+
+@triton.jit
+def delta_rule(mixed, b, a, decay, dt_bias, state, o, cu, context_lens, slots, counts, HK: tl.constexpr,
+               HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr, SB: tl.constexpr,
+               SA: tl.constexpr, PDL: tl.constexpr):
+    """The recurrence, token by token. Grid (HV, DV/BV, S); o [T, HV, DV] before the gated norm."""
+    h, s = tl.program_id(0), tl.program_id(2)
+    repeat: tl.constexpr = HV // HK
+    channels: tl.constexpr = 2 * HK * DK + HV * DV
+    group = h // repeat
+    ik, iv = tl.arange(0, DK), tl.program_id(1) * BV + tl.arange(0, BV)
+    begin(PDL)
+    if s < tl.load(counts + 1):
+        context = tl.load(context_lens + s)
+        at = state + (tl.load(slots + s).to(tl.int64) * HV + h) * (DK * DV) + ik[:, None] * DV + iv[None, :]
+        st = tl.load(at, mask=(context > 0) & (ik[:, None] >= 0), other=0.0)
+        head_decay, head_bias = tl.load(decay + h), tl.load(dt_bias + h)
+        for t in range(tl.load(cu + s), tl.load(cu + s + 1)):
+            row = mixed + t * channels
+            q = tl.load(row + group * DK + ik).to(tl.float32)
+            k = tl.load(row + HK * DK + group * DK + ik).to(tl.float32)
+            v = tl.load(row + 2 * HK * DK + h * DV + iv).to(tl.float32)
+            st, out = step(st, q, k, v, tl.load(a + t * SA + h).to(tl.float32),
+                           tl.load(b + t * SB + h).to(tl.float32), head_decay, head_bias, DK)
+            tl.store(o + t * (HV * DV) + h * DV + iv, out.to(tl.bfloat16))
+        tl.store(at, st)

@@ -1,0 +1,90 @@
+"""Matrix products y = x w^T (+ r), weights row-major [N, K] in bf16 or e4m3 with one f32 scale per 128 x 128 block."""
+
+import triton
+import triton.language as tl
+
+from qcn_compile.targets.triton.kernels.common import begin, to_f32, true_rows
+
+
+@triton.jit
+def row_dot(w, s, x, row0, rows_n, k0, N: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, SCALED: tl.constexpr,
+            ALIGNED: tl.constexpr):
+    """w[rows, k0:k0+BK] * x[k0:k0+BK] as f32 [BN, BK]; x points at the token. ALIGNED: all rows share scale rows."""
+    k = k0 + tl.arange(0, BK)
+    inside = k < K
+    weights = tl.load(w + rows_n[:, None] * K + k[None, :], mask=(rows_n < N)[:, None] & inside[None, :], other=0.0)
+    v = tl.load(x + k, mask=inside, other=0.0).to(tl.float32)
+    blocks: tl.constexpr = (K + 127) // 128
+    if SCALED and ALIGNED:
+        v *= tl.load(s + (row0 // 128) * blocks + k // 128, mask=inside, other=0.0)
+        return to_f32(weights) * v[None, :]
+    elif SCALED:
+        scale = tl.load(s + (rows_n // 128)[:, None] * blocks + (k // 128)[None, :],
+                        mask=(rows_n < N)[:, None] & inside[None, :], other=0.0)
+        return to_f32(weights) * scale * v[None, :]
+    else:
+        return to_f32(weights) * v[None, :]
+
+
+@triton.jit
+def gemv(x, w, s, r, y, counts, ROWS: tl.constexpr, TIMES: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+         BN: tl.constexpr, BK: tl.constexpr, SX: tl.constexpr, SR: tl.constexpr, ADD: tl.constexpr,
+         BIAS: tl.constexpr, SCALED: tl.constexpr, PDL: tl.constexpr):
+    """One token a program: grid (N/BN, rows). Every weight byte is read once and nothing waits for a barrier
+    when a program is one warp."""
+    row0 = tl.program_id(0) * BN
+    n = row0 + tl.arange(0, BN)
+    t = tl.program_id(1)
+    begin(PDL)
+    if t < true_rows(counts, ROWS, TIMES):
+        acc = tl.zeros((BN, BK), tl.float32)
+        for k0 in tl.static_range(0, K, BK):
+            acc += row_dot(w, s, x + t * SX, row0, n, k0, N, K, BK, SCALED, 128 % BN == 0)
+        out = tl.sum(acc, 1)
+        if BIAS:
+            out += tl.load(r + n, mask=n < N, other=0.0).to(tl.float32)
+        if ADD:
+            out = out.to(tl.bfloat16).to(tl.float32) + tl.load(r + t * SR + n, mask=n < N, other=0.0).to(tl.float32)
+        tl.store(y + t * N + n, out.to(tl.bfloat16), mask=n < N)
+
+
+@triton.jit
+def tile_dot(acc, weights, xs, s, row0, n, k0, N: tl.constexpr, K: tl.constexpr, SCALED: tl.constexpr,
+             ALIGNED: tl.constexpr):
+    """acc + (scales *) weights xs, [BN, BT]. A K-tile lies within one scale column."""
+    if SCALED:
+        part = tl.dot(to_f32(weights).to(tl.bfloat16), xs)
+        blocks: tl.constexpr = (K + 127) // 128
+        if ALIGNED:
+            return acc + part * tl.load(s + (row0 // 128) * blocks + k0 // 128)
+        else:
+            return acc + part * tl.load(s + (n // 128) * blocks + k0 // 128, mask=n < N, other=0.0)[:, None]
+    else:
+        return tl.dot(weights.to(tl.bfloat16), xs, acc)
+
+
+@triton.jit
+def matmul(x, w, s, r, y, counts, ROWS: tl.constexpr, TIMES: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+           BN: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, SX: tl.constexpr, SR: tl.constexpr,
+           ADD: tl.constexpr, BIAS: tl.constexpr, SCALED: tl.constexpr, PDL: tl.constexpr):
+    """BT tokens a program: grid (N/BN, rows/BT). The weights are the M side of the tensor-core product, so that few
+    tokens still use full tiles."""
+    row0 = tl.program_id(0) * BN
+    n = row0 + tl.arange(0, BN)
+    t = tl.program_id(1) * BT + tl.arange(0, BT)
+    begin(PDL)
+    rows = true_rows(counts, ROWS, TIMES)
+    if tl.program_id(1) * BT < rows:
+        acc = tl.zeros((BN, BT), tl.float32)
+        for k0 in range(0, K, BK):
+            k = k0 + tl.arange(0, BK)
+            weights = tl.load(w + n[:, None] * K + k[None, :], mask=(n < N)[:, None] & (k < K)[None, :], other=0.0)
+            xs = tl.load(x + t[None, :] * SX + k[:, None], mask=(t < rows)[None, :] & (k < K)[:, None], other=0.0)
+            acc = tile_dot(acc, weights, xs, s, row0, n, k0, N, K, SCALED, 128 % BN == 0)
+        inside = (n < N)[:, None] & (t < rows)[None, :]
+        if BIAS:
+            acc += tl.load(r + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
+        if ADD:
+            addend = tl.load(r + t[None, :] * SR + n[:, None], mask=inside, other=0.0)
+            acc = acc.to(tl.bfloat16).to(tl.float32) + addend.to(tl.float32)
+        tl.store(y + t[None, :] * N + n[:, None], acc.to(tl.bfloat16), mask=inside)

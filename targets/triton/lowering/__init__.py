@@ -1,0 +1,34 @@
+"""Ops to kernel calls: one function an op, chosen by name. Imports no Triton."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from qcn_compile.targets.base import Call
+from qcn_compile.targets.triton.lowering import linear, mixer, moe, rows
+from qcn_compile.targets.triton.lowering.site import Site
+
+UNARY = ("neg", "exp", "sigmoid", "silu", "softplus", "rsqrt", "add_scalar", "mul_scalar", "cast")
+BINARY = ("add", "mul", "sub", "div", "silu_mul", "mul_sigmoid")
+LOWERINGS: dict[str, Callable[[Site], list[Call]]] = {
+    **dict.fromkeys(UNARY, rows.unary), **dict.fromkeys(BINARY, rows.binary),
+    "rms_norm": rows.norm, "add_rms_norm": rows.norm, "gated_rms_norm": rows.norm,
+    "concat": rows.concat, "gather_rows": rows.gather_rows, "embedding": rows.embedding,
+    "linear": linear.linear, "linear_add": linear.linear,
+    "moe_route": moe.route, "moe_experts": moe.experts, "moe_add": moe.experts,
+    "rope_table": mixer.rope_table, "rope_append": mixer.rope_append, "paged_attention": mixer.paged_attention,
+    "delta_net": mixer.delta_net,
+}
+CURES = {
+    **dict.fromkeys(("causal_conv1d", "gated_delta_rule", "delta_gate"), "keep the pass fuse-deltanet in the pipeline"),
+    **dict.fromkeys(("attention", "rope"), "keep the pass fuse-attention in the pipeline"),
+}
+
+
+def lower(site: Site) -> list[Call]:
+    """The launches that compute an op. Raises LoweringError naming op, place and cure."""
+    found = LOWERINGS.get(site.op.name)
+    if found is None:
+        cure = CURES.get(site.op.name, "rewrite it into ops that have one: " + ", ".join(sorted(LOWERINGS)))
+        raise site.fail("the GPU targets have no kernel for it", cure)
+    return found(site)

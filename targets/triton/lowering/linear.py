@@ -1,0 +1,43 @@
+"""Lowering of matrix products: GEMV for one token, tensor cores for more."""
+
+from __future__ import annotations
+
+from qcn_compile.targets.base import Call, Encoding, Param
+from qcn_compile.targets.triton.lowering.site import COUNTS, Site, call, cdiv, power, result
+
+
+def gemv_shape(n: int, k: int, encoding: Encoding) -> dict[str, Param]:
+    """Rows and columns of a program's weight tile: about 8 KB of weights in flight a warp."""
+    block = min(power(k), 512 if encoding.format == "fp8" else 256)
+    return {"BN": 4, "BK": block, "WARPS": 1}
+
+
+def matmul_shape(tokens: int, scaled: bool) -> dict[str, Param]:
+    """Tile sizes for a number of tokens; a K-tile of scaled weights must lie in one scale block."""
+    if tokens <= 16:
+        return {"BN": 64, "BT": 16, "BK": 128, "WARPS": 4, "STAGES": 4}
+    if tokens <= 64:
+        return {"BN": 64, "BT": 64, "BK": 64, "WARPS": 4, "STAGES": 4}
+    return {"BN": 128, "BT": 128, "BK": 64, "WARPS": 8, "STAGES": 3}
+
+
+def linear(site: Site) -> list[Call]:
+    """linear(x, w, bias?) and linear_add(x, w, r)."""
+    x = site.activation(0)
+    if x.rank != 2:
+        raise site.fail(f"x is {x}", "reshape it to [T, K]")
+    encoding, weight = site.matrix(1)
+    n, k = (int(d) for d in site.operand(1).type.shape)  # type: ignore[arg-type]
+    add = site.op.name == "linear_add"
+    bias = site.has(2) and not add
+    capacity, scaled = site.capacity(x.shape), encoding.format == "fp8"
+    args = [site.ref(0), *weight, *([site.ref(2)] if add or bias else []), result(), COUNTS]
+    params: dict[str, Param] = {
+        "N": n, "K": k, "SX": site.stride(0), "SR": site.stride(2) if add else 0, "ADD": add, "BIAS": bias,
+        "ADDEND": add or bias, "R": "f32" if bias else "bf16", "SCALED": scaled, "W": encoding.format,
+        **site.rows(x.shape)}
+    if capacity == 1:
+        shape = gemv_shape(n, k, encoding)
+        return [call("gemv", args, (cdiv(n, int(shape["BN"])), 1), **params, **shape)]
+    shape = matmul_shape(capacity, scaled)
+    return [call("matmul", args, (cdiv(n, int(shape["BN"])), cdiv(capacity, int(shape["BT"]))), **params, **shape)]

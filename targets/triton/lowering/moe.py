@@ -1,0 +1,77 @@
+"""Lowering of the router and the experts: pair by pair when decoding, sorted by expert in prefill."""
+
+from __future__ import annotations
+
+from qcn_compile.targets.base import Call, Param, Ref
+from qcn_compile.targets.triton.lowering.site import COUNTS, Site, call, cdiv, power, result, scratch
+
+
+def route(site: Site) -> list[Call]:
+    logits, shared = site.activation(0), bool(site.op.attrs["shared"])
+    experts, top = int(logits.shape[1]) - int(shared), site.integer("top_k")  # type: ignore[arg-type]
+    slots = top + int(shared)
+    return [call("moe_route", [site.ref(0), result(0), result(1), COUNTS], (site.capacity(logits.shape),),
+                 EXPERTS=experts, BE=power(experts), TOP=top, SLOTS=slots, BS=power(slots), SX=site.stride(0),
+                 NORMALIZE=bool(site.op.attrs["normalize"]), SHARED=shared, WARPS=1)]
+
+
+def experts(site: Site) -> list[Call]:
+    """moe_experts(x, ids, weights, gate_up, down) and moe_add with r after them."""
+    if site.op.attrs["activation"] != "silu":
+        raise site.fail(f"expert activation {site.op.attrs['activation']!r}", "only silu has a kernel")
+    site.activation(0)
+    return _pairs(site) if site.decode else _sorted(site)
+
+
+def _sizes(site: Site) -> tuple[int, int, int, int, int]:
+    """(tokens, slots, experts, hidden, inner)."""
+    count, hidden, inner = (int(d) for d in site.operand(4).type.shape)  # type: ignore[arg-type]
+    slots = int(site.operand(1).type.shape[1])  # type: ignore[arg-type]
+    return site.capacity(site.operand(0).type.shape), slots, count, hidden, inner
+
+
+def _weights(site: Site, index: int) -> tuple[list[Ref], dict[str, Param]]:
+    encoding, refs = site.matrix(index)
+    return refs, {"W": encoding.format, "SCALED": encoding.format == "fp8"}
+
+
+def _pairs(site: Site) -> list[Call]:
+    tokens, slots, _, hidden, inner = _sizes(site)
+    ids, weights = Ref("operand", index=1), Ref("operand", index=2)
+    h = scratch("h", tokens * slots * inner, "bf16")
+    (up, up_kind), (down, down_kind) = _weights(site, 3), _weights(site, 4)
+    wide = 512 if up_kind["SCALED"] else 256
+    add = site.op.name == "moe_add"
+    bf, bh = 2, 4
+    return [
+        call("moe_up", [site.ref(0), ids, *up, h, COUNTS], (cdiv(inner, bf), slots, tokens), SLOTS=slots, H=hidden,
+             F=inner, BF=bf, BK=min(power(hidden), wide), SX=site.stride(0), WARPS=1, **up_kind),
+        call("moe_down", [h, ids, weights, *down, *([site.ref(5)] if add else []), result(), COUNTS],
+             (cdiv(hidden, bh), tokens), SLOTS=slots, H=hidden, F=inner, BH=bh, BK=min(power(inner), wide),
+             SR=site.stride(5) if add else 0, ADD=add, WARPS=1, **down_kind)]
+
+
+def _sorted(site: Site) -> list[Call]:
+    tokens, slots, count, hidden, inner = _sizes(site)
+    pairs = tokens * slots
+    tile = 16 if pairs <= 16 * count else 32 if pairs <= 64 * count else 64
+    tiles = min(pairs, pairs // tile + count)
+    ids, weights = Ref("operand", index=1), Ref("operand", index=2)
+    found, owner = scratch("found", count, "i32"), scratch("owner", tiles, "i32")
+    order = scratch("order", tiles * tile, "i32")
+    h, o = scratch("h", pairs * inner, "bf16"), scratch("o", pairs * hidden, "bf16")
+    (up, up_kind), (down, down_kind) = _weights(site, 3), _weights(site, 4)
+    add, be = site.op.name == "moe_add", power(count)
+    block = 64
+    shared: dict[str, Param] = {"EXPERTS": count, "BE": be, "TILE": tile, "BK": 64, "WARPS": 4, "STAGES": 3}
+    return [
+        call("moe_count", [ids, found, COUNTS], (count,), SLOTS=slots, BP=1024),
+        call("moe_place", [ids, found, order, owner, COUNTS], (count,), SLOTS=slots, EXPERTS=count, BE=be, TILE=tile,
+             BP=1024),
+        call("moe_up_tiles", [site.ref(0), order, owner, found, *up, h, COUNTS], (tiles, cdiv(inner, block)),
+             SLOTS=slots, H=hidden, F=inner, BF=block, SX=site.stride(0), **shared, **up_kind),
+        call("moe_down_tiles", [h, order, owner, found, *down, o, COUNTS], (tiles, cdiv(hidden, block)), H=hidden,
+             F=inner, BH=block, **shared, **down_kind),
+        call("moe_combine", [o, weights, *([site.ref(5)] if add else []), result(), COUNTS],
+             (tokens, cdiv(hidden, 1024)), SLOTS=slots, H=hidden, BH=min(1024, power(hidden)),
+             SR=site.stride(5) if add else 0, ADD=add)]

@@ -1,0 +1,71 @@
+"""The GPU targets: NVIDIA cards through Triton, bf16 activations, weights in bf16 or fp8, state in f32, KV in bf16."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from math import prod
+from pathlib import Path
+
+import numpy as np
+
+from qcn_compile.errors import LoweringError
+from qcn_compile.ir.graph import Op
+from qcn_compile.ir.types import DType, StateKind, StateType, TensorType
+from qcn_compile.targets.base import Bucket, Call, Encoding, Kernel, Operand
+from qcn_compile.targets.spec import Hardware, hardware
+from qcn_compile.targets.triton import lowering, packing
+from qcn_compile.targets.triton.lowering.site import DECODE_TOKENS, Site
+
+PAGE = 32  # tokens of a KV page
+RING = 16  # inputs a convolution's ring holds; see kernels/delta.py
+TAPS = 4  # widest convolution the ring is large enough for
+
+
+class GpuTarget:
+    """Compiles for one card by name, on a machine that needs none."""
+
+    kind = "gpu"
+    dtype = "bf16"
+
+    def __init__(self, name: str, page_size: int = PAGE) -> None:
+        self.hardware: Hardware = hardware(name)
+        self.name = name
+        self.page_size = page_size
+        assert RING >= DECODE_TOKENS + TAPS
+
+    def describe(self) -> dict[str, object]:
+        """What the manifest records of the card."""
+        return {"arch": self.hardware.arch, "shared": self.hardware.shared}
+
+    def lower(self, op: Op, operands: Sequence[Operand | None], results: Sequence[TensorType],
+              bucket: Bucket) -> list[Call]:
+        """The kernel calls that compute `op`. Raises LoweringError naming the op, its location and the cure."""
+        return lowering.lower(Site(op, operands, results, bucket, self.page_size, RING))
+
+    def pack(self, layout: str, encoding: Encoding, weight: np.ndarray) -> dict[str, np.ndarray]:
+        """A float32 weight in the kernel's layout: part name -> 1-D array, a multiple of 64 bytes each."""
+        return packing.pack(layout, encoding, weight)
+
+    def packed_sizes(self, layout: str, encoding: Encoding, shape: tuple[int, ...]) -> dict[str, tuple[str, int]]:
+        """Part name -> (element type, bytes) of what `pack` would make: for weights that come later."""
+        return packing.sizes(layout, encoding, shape)
+
+    def cache_unit(self, state: StateType, page_size: int) -> tuple[tuple[int, ...], int]:
+        """kv bf16: ([heads, page, dim], bytes of keys and values); conv bf16: [RING, C]; delta f32: [Hv, Dk, Dv]."""
+        if state.kind is StateKind.kv:
+            heads, dim = state.shape
+            return (heads, page_size, dim), 2 * 2 * heads * dim * page_size
+        if state.kind is StateKind.conv:
+            if state.shape[1] >= TAPS:
+                raise LoweringError(f"a convolution over {state.shape[1] + 1} tokens: the GPU kernels hold {TAPS}")
+            return (RING, state.shape[0]), 2 * RING * state.shape[0]
+        if state.dtype is not DType.f32:
+            raise LoweringError(f"a DeltaNet state in {state.dtype.value}: the GPU kernels keep it in f32")
+        return state.shape, 4 * prod(state.shape)
+
+    def emit(self, kernels: Sequence[Kernel], folder: Path,
+             progress: Callable[[int, int], None] | None = None) -> list[str]:
+        """kernels.json and one cubin a kernel, sources beside them; returns the file names, kernels.json first."""
+        from qcn_compile.targets.triton.emit import emit
+
+        return emit(kernels, folder, self.hardware, progress)

@@ -1,0 +1,132 @@
+"""Cases of every kernel family, at tiny and odd sizes, for the interpreter and for a card."""
+
+from __future__ import annotations
+
+from harness_gpu import BF16, DECODE_1, DECODE_8, FP8, PREFILL, Case, Ragged
+
+from qcn_compile.ir.graph import Value
+from qcn_compile.ir.types import DType, StateKind
+from qcn_compile.targets.base import Bucket, Encoding
+
+Trialled = tuple[Case, list[Ragged]]
+ONE, FEW, MANY = [Ragged((1,))], [Ragged((3,)), Ragged((8,))], [Ragged((13,)), Ragged((40,))]
+BATCHES = {
+    "decode-1": [Ragged((1,)), Ragged((1,), (40,))],
+    "decode-8": [Ragged((1, 1, 1), (0, 31, 70)), Ragged((5, 1), (33, 2)), Ragged((8,), (17,))],
+    "prefill-64": [Ragged((5,)), Ragged((33, 1, 20), (0, 100, 31)), Ragged((1, 1, 4, 2), (15, 16, 0, 63))],
+}
+
+
+def batches(bucket: Bucket) -> list[Ragged]:
+    """Plain token counts for ops that know no sequences."""
+    return ONE if bucket is DECODE_1 else FEW if bucket is DECODE_8 else MANY
+
+
+def pointwise() -> list[Trialled]:
+    norm = Case("rms_norm")
+    norm.op("rms_norm", [norm.input("x", "bf16[T,3,20]", more=4), norm.weight("w", (20,), scale=1.0)], eps=1e-6)
+    both = Case("add_rms_norm")
+    both.op("add_rms_norm", [both.input("x", "bf16[T,48]"), both.input("r", "bf16[T,48]", more=8),
+                             both.weight("w", (48,), scale=1.0)], eps=1e-6)
+    gated = Case("gated_rms_norm")
+    gated.op("gated_rms_norm", [gated.input("x", "bf16[T,2,16]"), gated.input("z", "bf16[T,2,16]", more=16),
+                                gated.weight("w", (16,), scale=1.0)], eps=1e-6)
+    chain = Case("pointwise")
+    x, y = chain.input("x", "bf16[T,70]", more=2), chain.input("y", "bf16[T,70]")
+    for name in ("sigmoid", "silu", "neg"):
+        x = chain.op(name, [x])
+    for name in ("add", "mul", "silu_mul"):
+        x = chain.op(name, [x, y])
+    x = chain.op("mul_sigmoid", [x, chain.input("g", "bf16[T,1]")])
+    chain.op("concat", [x, y], axis=1)
+    ends = Case("embedding and gather")
+    table = ends.op("embedding", [ends.input("ids", "i32[T]", ints=(0, 30)), ends.weight("table", (30, 24), BF16)])
+    ends.op("gather_rows", [table, ends.input("rows", "i32[R]", ints=(0, "T"))])
+    return [(norm, MANY), (both, MANY), (gated, MANY), (chain, MANY[:1]), (ends, [Ragged((13,), rows=4)])]
+
+
+def linear(bucket: Bucket, encoding: Encoding, n: int, k: int, add: bool) -> Trialled:
+    case = Case(f"linear{'_add' * add} {encoding.format} [{n}, {k}] {bucket.name}", bucket)
+    x, w = case.input("x", f"bf16[T,{k}]", more=16), case.weight("w", (n, k), encoding)
+    case.op("linear_add" if add else "linear", [x, w, *([case.input("r", f"bf16[T,{n}]", more=8)] if add else [])])
+    return case, batches(bucket)
+
+
+def linears() -> list[Trialled]:
+    bias = Case("linear with bias", DECODE_1)
+    bias.op("linear", [bias.input("x", "bf16[T,48]"), bias.weight("w", (24, 48), BF16), bias.weight("b", (24,))])
+    shapes = [(20, 48, False), (130, 192, True)]
+    return [(bias, ONE), *(linear(bucket, encoding, *shape) for bucket in (DECODE_1, DECODE_8, PREFILL)
+                           for encoding in (BF16, FP8) for shape in shapes)]
+
+
+def routes() -> list[Trialled]:
+    found = []
+    for experts, top, normalize, shared in ((8, 2, True, False), (33, 3, False, True), (64, 10, True, True)):
+        case = Case(f"route {experts} {top} {normalize} {shared}")
+        case.op("moe_route", [case.input("logits", f"bf16[T,{experts + shared}]", more=3, scale=3.0)], top_k=top,
+                normalize=normalize, shared=shared)
+        found.append((case, MANY[:1]))
+    return found
+
+
+def experts(name: str, bucket: Bucket, encoding: Encoding, count: int, hidden: int, inner: int,
+            top: int) -> Trialled:
+    case = Case(f"{name} {encoding.format} {count} {hidden} {inner} {bucket.name}", bucket)
+    shared = name == "moe_add"
+    ids, weights = case.op("moe_route", [case.input("logits", f"bf16[T,{count}]", scale=2.0)], top_k=top,
+                           normalize=True, shared=shared)
+    operands: list[Value | None] = [case.input("x", f"bf16[T,{hidden}]", more=16), ids, weights,
+                                    case.weight("gate_up", (count, 2 * inner, hidden), encoding),
+                                    case.weight("down", (count, hidden, inner), encoding)]
+    case.op(name, [*operands, case.input("r", f"bf16[T,{hidden}]", more=8)] if shared else operands, activation="silu")
+    return case, batches(bucket)
+
+
+def moes() -> list[Trialled]:
+    return [experts("moe_add", bucket, encoding, 6, 160, 48, 3)
+            for bucket in (DECODE_1, DECODE_8, PREFILL) for encoding in (BF16, FP8)] + [
+        experts("moe_experts", PREFILL, BF16, 9, 48, 128, 2)]
+
+
+def deltas() -> list[Trialled]:
+    found = []
+    for bucket, (hk, hv, dk, dv) in ((DECODE_1, (2, 4, 16, 32)), (DECODE_8, (2, 4, 16, 16)), (PREFILL, (1, 3, 16, 32))):
+        case, channels = Case(f"delta_net {hk} {hv} {dk} {dv} {bucket.name}", bucket), 2 * hk * dk + hv * dv
+        conv = case.state("conv", StateKind.conv, DType.bf16, (channels, 3))
+        delta = case.state("delta", StateKind.delta, DType.f32, (hv, dk, dv))
+        operands = [case.input("qkv", f"bf16[T,{channels}]", more=16), case.input("z", f"bf16[T,{hv * dv}]", more=16),
+                    case.input("b", f"bf16[T,{hv}]", more=1), case.input("a", f"bf16[T,{hv}]", more=3),
+                    case.weight("conv_w", (channels, 4), scale=0.5), case.weight("decay", (hv,), scale=-0.3),
+                    case.weight("dt_bias", (hv,)), case.weight("norm_w", (dv,), scale=1.0), case.batch]
+        case.op("delta_net", operands, key_heads=hk, value_heads=hv, key_dim=dk, value_dim=dv, eps=1e-6, conv=conv,
+                delta=delta)
+        found.append((case, BATCHES[bucket.name]))
+    return found
+
+
+def attentions() -> list[Trialled]:
+    table = Case("rope_table")
+    table.op("rope_table", [table.input("positions", "i32[T]", ints=(0, 5000)), table.weight("f", (9,), scale=1.0)],
+             scaling=1.25)
+    found = [(table, MANY[:1])]
+    for bucket, (hq, hkv, dim, half, norms, gate) in ((DECODE_1, (4, 2, 32, 4, True, True)),
+                                                      (DECODE_8, (6, 1, 16, 8, False, False)),
+                                                      (DECODE_8, (4, 2, 32, 4, True, True)),
+                                                      (PREFILL, (4, 2, 32, 4, True, True)),
+                                                      (PREFILL, (3, 3, 24, 5, True, False))):
+        case = Case(f"attention {hq}/{hkv} of {dim} {bucket.name}", bucket)
+        kv = case.state("kv", StateKind.kv, DType.bf16, (hkv, dim))
+        q, k, v = (case.input(n, f"bf16[T,{h},{dim}]", more=8) for n, h in (("q", hq), ("k", hkv), ("v", hkv)))
+        norm = [case.weight("q_w", (dim,), scale=1.0), case.weight("k_w", (dim,), scale=1.0)] if norms else [None, None]
+        cos, sin = case.input("cos", f"f32[T,{half}]"), case.input("sin", f"f32[T,{half}]")
+        query = case.op("rope_append", [q, k, v, *norm, cos, sin, case.batch], eps=1e-6, state=kv)
+        g = case.input("g", f"bf16[T,{hq * dim}]", more=8) if gate else None
+        case.op("paged_attention", [query, g, case.batch], scale=dim ** -0.5, state=kv)
+        found.append((case, BATCHES[bucket.name]))
+    return found
+
+
+def every() -> list[Trialled]:
+    """All cases."""
+    return [*pointwise(), *linears(), *routes(), *moes(), *deltas(), *attentions()]
