@@ -10,6 +10,7 @@ from typing import Protocol
 from qcn_compile.runtime.parsing.events import (
     Content,
     Event,
+    EventList,
     Reasoning,
     ToolCallArguments,
     ToolCallFinished,
@@ -123,7 +124,7 @@ class _Stream:
 
     def deltas(self, usage: Usage) -> Delta | None:
         """All that came since last time as one delta."""
-        events: list[Event] = []
+        joined = EventList()
         samples: list[Sample] = []
         reason = matched = None
         for output in self.ticket.take():
@@ -132,11 +133,13 @@ class _Stream:
                 new = [*new, *self._parser.finish()]
                 reason, matched = output.finish_reason, output.matched_stop
             self._count(len(output.token_ids), new, usage)
-            events.extend(new)
+            for event in new:
+                joined.add(event)
             samples.extend(output.samples)
             usage.cached += getattr(output, "cached", 0)
         if not samples and reason is None:
             return None
+        events = joined.take()
         kept = self._within_limit(events)
         self._calls += sum(isinstance(event, ToolCallStarted) for event in kept)
         cut = len(kept) < len(events)

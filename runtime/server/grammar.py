@@ -156,8 +156,7 @@ def check_schema(schema: Any, limits: Limits, param: str) -> None:
 def depth(value: Any) -> int:
     """Levels of nesting, counted without recursion."""
     deepest, level = 0, [value]
-    while level:
-        level = [child for item in level if isinstance(item, (dict, list))
-                 for child in (item.values() if isinstance(item, dict) else item)]
+    while level := [item for item in level if isinstance(item, (dict, list))]:
+        level = [child for item in level for child in (item.values() if isinstance(item, dict) else item)]
         deepest += 1
-    return deepest - 1
+    return deepest

@@ -60,8 +60,8 @@ class _Chunks:
             yield self._chunk([_delta_choice(index, {"role": "assistant", "content": ""}, None, None)])
         try:
             async for delta in generation.deltas():
-                if choices := list(self._delta(delta)):
-                    yield self._chunk(choices)
+                for choice in self._delta(delta):  # one a chunk: clients read the first choice alone
+                    yield self._chunk([choice])
         except ApiError as error:
             yield event(error.openai())
             yield DONE
