@@ -11,7 +11,7 @@ from qcn_compile.ir.graph import Graph
 from qcn_compile.lowering.schedule import stored_fraction
 from qcn_compile.targets.base import Encoding, Target
 
-QUANTS = ("none", "int8", "int4")
+QUANTS = {"cpu": ("none", "int8", "int4"), "null": ("none", "int8", "int4"), "gpu": ("none", "fp8")}
 DTYPES = {"fp32": "f32", "bf16": "bf16"}
 SMALL = 256 << 20  # below this many bytes of bf16 weights, quantisation saves nothing a user would notice
 
@@ -38,11 +38,9 @@ def decide(traced: Traced, target: Target, dtype: str | None, quant: str, activa
         raise UsageError(f"--dtype {dtype}: choose fp32 or bf16")
     reasons: dict[str, str] = {}
     elements = _elements(traced.main)
-    base = DTYPES[dtype] if dtype else _base(traced, reasons)
-    if dtype:
-        reasons["dtype"] = "asked for with --dtype"
+    base = _base(traced, target, dtype, reasons)
     format_ = _format(quant, elements, target, reasons)
-    acts = _activations(activations, format_, reasons)
+    acts = _activations(activations, format_, target, reasons)
     longest = int(traced.config.get("max_position_embeddings", 32768))
     if context_length is not None and context_length > longest:
         raise UsageError(f"--context-length {context_length}: the model was made for at most {longest} tokens; "
@@ -63,7 +61,15 @@ def _elements(graph: Graph) -> int:
     return total
 
 
-def _base(traced: Traced, reasons: dict[str, str]) -> str:
+def _base(traced: Traced, target: Target, dtype: str | None, reasons: dict[str, str]) -> str:
+    if target.kind == "gpu":
+        if dtype == "fp32":
+            raise UsageError("--dtype fp32: GPU kernels read bf16 and fp8 weights; leave --dtype out")
+        reasons["dtype"] = "GPU kernels compute on bf16"
+        return "bf16"
+    if dtype:
+        reasons["dtype"] = "asked for with --dtype"
+        return DTYPES[dtype]
     stored = str(traced.config.get("dtype") or traced.config.get("torch_dtype") or "float32")
     base = "bf16" if "bfloat16" in stored else "f32"
     reasons["dtype"] = f"the checkpoint is stored in {stored}"
@@ -71,15 +77,20 @@ def _base(traced: Traced, reasons: dict[str, str]) -> str:
 
 
 def _format(quant: str, elements: int, target: Target, reasons: dict[str, str]) -> str:
-    if quant in QUANTS:
+    known = QUANTS[target.kind]
+    if quant in known:
         reasons["quant"] = "asked for with --quant"
         return quant
     if quant != "auto":
-        raise UsageError(f"--quant {quant}: the {target.name} target has none, int8, int4 or auto"
+        raise UsageError(f"--quant {quant}: the {target.name} target has {', '.join(known)} or auto"
                          + (" (fp8 is a GPU format)" if quant == "fp8" else ""))
     if 2 * elements <= SMALL:
         reasons["quant"] = f"{2 * elements / 1e6:.1f} MB in bf16 is small: nothing to gain from fewer bits"
         return "none"
+    if target.kind == "gpu":
+        reasons["quant"] = (f"decode reads every active weight once a token, so bytes are time: "
+                            f"{elements / 1e9:.1f} GB at fp8 against {elements * 2 / 1e9:.1f} GB in bf16")
+        return "fp8"
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     reasons["quant"] = (f"decode reads every active weight once a token, so bytes are time: "
                         f"{elements * 4.5 / 8 / 1e9:.1f} GB at int4 against {elements * 2 / 1e9:.1f} GB in bf16 "
@@ -87,7 +98,12 @@ def _format(quant: str, elements: int, target: Target, reasons: dict[str, str]) 
     return "int4"
 
 
-def _activations(asked: str | None, format_: str, reasons: dict[str, str]) -> str:
+def _activations(asked: str | None, format_: str, target: Target, reasons: dict[str, str]) -> str:
+    if target.kind == "gpu":
+        if asked:
+            raise UsageError(f"--activations {asked}: GPU kernels multiply bf16 activations; leave --activations out")
+        reasons["activations"] = "GPU kernels multiply bf16 activations"
+        return "f32"
     if asked not in (None, "fp32", "int8"):
         raise UsageError(f"--activations {asked}: choose fp32 or int8")
     if asked == "int8" and format_ == "none":

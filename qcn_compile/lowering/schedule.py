@@ -113,8 +113,9 @@ def work(op: Op, states: dict[str, StateType], bucket: Bucket) -> tuple[int, int
     for index, value in enumerate(op.operands):
         encoding = encoding_of(value) if value is not None else None
         if value is not None and encoding is not None:
-            saved = (1 - stored_fraction(encoding)) * value.tensor.bytes()
-            bytes_ -= int(saved * share.get(index, 1.0))
+            full = value.tensor.bytes()
+            stored = stored_fraction(encoding) * full * 32 / value.tensor.dtype.bits
+            bytes_ -= int((full - stored) * share.get(index, 1.0))
     return bytes_ + _state_traffic(op, states, bucket), cost.flops
 
 
@@ -131,5 +132,5 @@ def _state_traffic(op: Op, states: dict[str, StateType], bucket: Bucket) -> int:
 
 def stored_fraction(encoding: Encoding) -> float:
     """Stored bytes per fp32 byte, scales included."""
-    return {"f32": 1.0, "bf16": 0.5, "int8": (8 + 16 / encoding.group) / 32,
+    return {"f32": 1.0, "bf16": 0.5, "fp8": (8 + 32 / 128**2) / 32, "int8": (8 + 16 / encoding.group) / 32,
             "int4": (4 + 16 / encoding.group) / 32}[encoding.format]

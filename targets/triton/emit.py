@@ -56,8 +56,9 @@ def emit(kernels: Sequence[Kernel], folder: Path, card: Hardware, progress: Prog
     return [INDEX, *names]
 
 
-def compiled(kernels: Sequence[Kernel], card: Hardware, workers: int | None) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """(cubin, row of kernels.json) of each kernel, in order. A crash of the compiler ends one worker, not this process."""
+def compiled(kernels: Sequence[Kernel], card: Hardware,
+             workers: int | None = None) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """(cubin, row of kernels.json) of each kernel, in order. A crash of the compiler ends a worker, not this process."""
     count = min(workers or len(os.sched_getaffinity(0)), max(len(kernels), 1))
     with ProcessPoolExecutor(count, mp_context=get_context("spawn"), initializer=_prepare) as pool:
         jobs = [pool.submit(compile_one, kernel, card.arch) for kernel in kernels]

@@ -154,7 +154,8 @@ def attention_prefill(q, gate, y, keys, values, token_seq, cu, context_lens, blo
         head = g * repeat + j
         qs = tl.load(q + t[:, None] * SQ + head[:, None] * D + d[None, :], mask=mine, other=0.0)
         seq = tl.load(token_seq + t, mask=t < tokens, other=-1)
-        position = tl.load(context_lens + seq, mask=t < tokens, other=0) + t - tl.load(cu + seq, mask=t < tokens, other=0)
+        position = tl.load(context_lens + seq, mask=t < tokens, other=0) + t
+        position -= tl.load(cu + seq, mask=t < tokens, other=0)
         width = tl.load(counts + 3)
         last = tl.minimum(tl.program_id(0) * BT + BT, tokens) - 1
         top = tl.full((BT * BG,), float("-inf"), tl.float32)

@@ -113,7 +113,8 @@ def delta_keep(x, ring, cu, context_lens, slots, counts, C: tl.constexpr, BC: tl
     begin(PDL)
     if s < tl.load(counts + 1):
         own = ring + tl.load(slots + s).to(tl.int64) * (RING * C)
-        keep_inputs(x, own, c, tl.load(cu + s), tl.load(cu + s + 1), tl.load(context_lens + s), C, TAPS, RING, SX, c < C)
+        start, stop = tl.load(cu + s), tl.load(cu + s + 1)
+        keep_inputs(x, own, c, start, stop, tl.load(context_lens + s), C, TAPS, RING, SX, c < C)
 
 
 @triton.jit

@@ -111,7 +111,8 @@ def moe_count(ids, found, counts, SLOTS: tl.constexpr, BP: tl.constexpr, PDL: tl
 @triton.jit
 def moe_place(ids, found, order, owner, counts, SLOTS: tl.constexpr, EXPERTS: tl.constexpr, BE: tl.constexpr,
               TILE: tl.constexpr, BP: tl.constexpr, PDL: tl.constexpr):
-    """Pairs sorted by expert, each expert's list filled up to whole tiles with -1; owner[tile] = its expert. Grid (E)."""
+    """Pairs sorted by expert, each expert's list filled up to whole tiles with -1; owner[tile] is its expert.
+    Grid (E)."""
     e = tl.program_id(0)
     begin(PDL)
     pairs = tl.load(counts) * SLOTS

@@ -105,7 +105,7 @@ def delta_net(site: Site) -> list[Call]:
         args = [*(site.ref(i) for i in range(4)), weights, *(site.ref(i) for i in (5, 6, 7)), state("conv"),
                 state("delta"), result(), *SPANS]
         return [call("delta_step", args, (hv, site.bucket.sequences), **sizes, **conv, **gates, SZ=site.stride(1),
-                     EPS=site.real("eps"), WARPS=16 if dk * dv > 8192 else 4)]
+                     EPS=site.real("eps"), WARPS=8 if dk * dv > 8192 else 4)]
     return _delta_prefill(site, sizes, conv, gates, weights)
 
 
