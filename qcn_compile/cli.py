@@ -25,7 +25,7 @@ def parser() -> argparse.ArgumentParser:
         "With no --model, the small model that ships with the project is used.")
     top.add_argument("--version", action="version", version=f"qcn-compile {__version__}")
     top.add_argument("--model", help="checkpoint directory or Hugging Face name (default: the bundled small model)")
-    top.add_argument("--target", default="cpu", help="cpu (default) or null (compiles, runs nothing)")
+    top.add_argument("--target", default="cpu", help="cpu (default), a100, h100, h200, b200, or null (runs nothing)")
     top.add_argument("--mcpu", help="CPU level to build for, as LLVM names it (default: this host)")
     top.add_argument("-o", "--output", default="build", help="artifact directory (default: build)")
     top.add_argument("--dtype", choices=["fp32", "bf16"], help="dtype of other weights (default: the checkpoint's)")
@@ -33,6 +33,9 @@ def parser() -> argparse.ArgumentParser:
                      help="format of the big weights (default: auto)")
     top.add_argument("--activations", choices=["fp32", "int8"], help="dtype quantised weights are multiplied with")
     top.add_argument("--context-length", type=int, help="longest sequence (default: the model's limit)")
+    top.add_argument("--weights", choices=["copied", "late", "dummy"],
+                     help="copied into the build (default), bound from the checkpoint by qcn-run --model (late), or "
+                     "random, for measuring (dummy); late and dummy are for GPU targets")
     top.add_argument("--mtp", action="store_true", help="also build the MTP draft head")
     top.add_argument("--force", action="store_true", help="replace an output directory that is no build of ours")
     top.add_argument("--json", action="store_true", help="print the result as one JSON object")

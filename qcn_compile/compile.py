@@ -23,10 +23,11 @@ from qcn_compile.ir.types import DType
 from qcn_compile.ir.verify import verify
 from qcn_compile.lowering.buckets import default_buckets
 from qcn_compile.lowering.decide import Decision, decide
+from qcn_compile.lowering.late import deferred
 from qcn_compile.lowering.memory import lower_bound
 from qcn_compile.lowering.plan import blobs_of, make_plan
 from qcn_compile.lowering.schedule import Schedule, schedule
-from qcn_compile.lowering.weights import name_blobs, packed, write_shards
+from qcn_compile.lowering.weights import BlobKey, name_blobs, packed, write_shards
 from qcn_compile.passes.base import PassContext
 from qcn_compile.pipeline import Pipeline, Tracing
 from qcn_compile.targets.base import Kernel, Target
@@ -45,6 +46,7 @@ class Options:
     quant: str = "auto"
     activations: str | None = None
     context_length: int | None = None
+    weights: str | None = None
     mcpu: str | None = None
     mtp: bool = False
     force: bool = False
@@ -88,16 +90,18 @@ def compile(model: str | Path | None = None, target: str = "cpu", output: str | 
     options = options or Options(**changes)
     clock, tell = Clock(), report or (lambda stage, done, total: None)
     chosen, located, traced, decision = _front(model, target, options, clock, tell)
+    mode = _weights_mode(options, chosen, traced, located)
     context = PassContext(target=target)
     with clock.stage("passes"):
         graphs = [_optimise(graph, decision, context, options) for graph in _entries(traced, options.mtp)]
     with clock.stage("schedule"):
         schedules = [schedule(graph, bucket, chosen) for graph in graphs for bucket in default_buckets()]
     with building(Path(output), options.force) as scratch:
-        manifest = _write(scratch, traced, chosen, decision, schedules, clock, tell)
+        manifest = _write(scratch, traced, chosen, decision, schedules, mode, clock, tell)
         _write_report(scratch, graphs, context, decision, schedules, options.tracing)
         manifest = seal(scratch, manifest)
-    return Built(Path(output), manifest, decision, clock.seconds, located.note)
+    note = located.note + (f"; built without weights (--weights {mode})" if traced.weights is None else "")
+    return Built(Path(output), manifest, decision, clock.seconds, note)
 
 
 def optimised(model: str | Path | None, target: str, options: Options) -> Graph:
@@ -113,13 +117,24 @@ def _front(model: str | Path | None, target: str, options: Options, clock: Clock
     located = locate(None if model is None else str(model), "cpu" if chosen.kind == "null" else chosen.kind)
     with clock.stage("trace"):
         tell("trace", 0, 1)
-        traced = trace_model(located, DType.f32)
+        traced = trace_model(located, DType(chosen.dtype))
         tell("trace", 1, 1)
-    if traced.weights is None:
-        raise ModelError(f"{located.name}: {located.note or 'no weights found'}; "
-                         f"a {chosen.kind} build needs them: name a checkpoint directory with --model")
     return chosen, located, traced, decide(traced, chosen, options.dtype, options.quant, options.activations,
                                            options.context_length)
+
+
+def _weights_mode(options: Options, target: Target, traced: Traced, located: Located) -> str:
+    """copied, late or dummy. Raises ModelError when the weights to copy are not there."""
+    if options.weights not in (None, "copied", "late", "dummy"):
+        raise UsageError(f"--weights {options.weights}: choose copied, late or dummy")
+    if options.weights in ("late", "dummy") and target.kind != "gpu":
+        raise UsageError(f"--weights {options.weights}: only GPU targets build without weights")
+    if traced.weights is not None:
+        return options.weights or "copied"
+    if target.kind != "gpu" or options.weights == "copied":
+        raise ModelError(f"{located.name}: {located.note or 'no weights found'}; "
+                         f"a {target.kind} build needs them: name a checkpoint directory with --model")
+    return options.weights or "late"
 
 
 def _entries(traced: Traced, mtp: bool) -> list[Graph]:
@@ -138,28 +153,38 @@ def _optimise(graph: Graph, decision: Decision, context: PassContext, options: O
 
 
 def _write(build: Path, traced: Traced, target: Target, decision: Decision, schedules: Sequence[Schedule],
-           clock: Clock, tell: Report) -> Manifest:
+           mode: str, clock: Clock, tell: Report) -> Manifest:
     """Kernels, weights, plans and tokenizer; returns the manifest, not yet sealed."""
-    assert traced.weights is not None
     kernels = list(dict.fromkeys(step.call.kernel for s in schedules for step in s.steps))
     names = name_blobs(dict.fromkeys(key for s in schedules for key in blobs_of(s)))
     with clock.stage("kernels"):
         libraries = target.emit(kernels, build / "kernels", lambda done, total: tell("kernels", done, total))
     with clock.stage("weights"):
-        progress = lambda done, total: tell("weights", done, total)  # noqa: E731
-        files = write_shards(packed(names, traced.weights.get, target, progress), build / "weights")
+        weights = _write_weights(build, traced, target, names, mode, tell)
     plans = []
     for item in schedules:
         plan, _ = make_plan(item, names)
         plans.append(f"plan/{plan.entry}-{plan.name}.json")
         write_json(build / plans[-1], plan.to_json())
     _copy_tokenizer(traced, build / "tokenizer")
-    return _manifest(traced, target, decision, schedules, plans, [f"kernels/{n}" for n in libraries],
-                     [f"weights/{n}" for n in files], kernels)
+    return _manifest(traced, target, decision, schedules, plans, [f"kernels/{n}" for n in libraries], weights, kernels)
+
+
+def _write_weights(build: Path, traced: Traced, target: Target, names: dict[BlobKey, str], mode: str,
+                   tell: Report) -> dict[str, Any]:
+    """The weight files, or what stands in for them; returns the manifest's `weights`."""
+    source = traced.weights.get if traced.weights is not None else _no_weights
+    later, now = deferred(names, target, mode)
+    blobs = packed(now, source, target, lambda done, total: tell("weights", done, total))
+    return {"mode": mode, "files": [f"weights/{n}" for n in write_shards(blobs, build / "weights")], **later}
+
+
+def _no_weights(name: str) -> Any:
+    raise ModelError(f"weight {name} is wanted, but there is no checkpoint; name one with --model")
 
 
 def _manifest(traced: Traced, target: Target, decision: Decision, schedules: Sequence[Schedule], plans: list[str],
-              libraries: list[str], files: list[str], kernels: list[Kernel]) -> Manifest:
+              libraries: list[str], weights: dict[str, Any], kernels: list[Kernel]) -> Manifest:
     caches = {}
     for item in schedules:
         for name, state in item.graph.states.items():
@@ -172,13 +197,13 @@ def _manifest(traced: Traced, target: Target, decision: Decision, schedules: Seq
         decisions=decision.to_json(), caches=tuple(caches.values()), page_size=PAGE_SIZE,
         context_length=decision.context_length, vocab_size=int(logits.shape[-1]),  # type: ignore[arg-type]
         hidden_size=int(traced.main.outputs[1].tensor.shape[-1]),  # type: ignore[arg-type]
-        plans=tuple(plans), libraries=tuple(libraries), weights={"mode": "copied", "files": files},
+        plans=tuple(plans), libraries=tuple(libraries), weights=weights,
         tools=_versions(len(kernels)))
 
 
 def _versions(kernels: int) -> dict[str, str]:
     table = {"kernels": str(kernels), "python": platform.python_version()}
-    for name in ("qcn-compile", "torch", "transformers", "apache-tvm"):
+    for name in ("qcn-compile", "torch", "transformers", "apache-tvm", "triton"):
         try:
             table[name] = version(name)
         except PackageNotFoundError:

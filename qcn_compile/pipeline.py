@@ -40,7 +40,7 @@ def default_passes(base: str = "f32", quant: str = "none", activations: str = "f
         FuseEpilogue(),  # last of the fusions: a residual add belongs to whatever produces its operand by now
         # 3. decide: rows before formats, so that the output projection is seen in its final place
         SelectRows(),
-        SelectQuantization(base=base, format=quant, activations=activations),
+        SelectQuantization(base=base, format=quant, group=128 if quant == "fp8" else 32, activations=activations),
         MergeLinears(),  # after the formats: only weights stored alike can be one weight
         Canonicalize(),
     ]
