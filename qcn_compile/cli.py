@@ -77,7 +77,7 @@ def _run(args: argparse.Namespace) -> int:
             raise UsageError(f"no pass named {name!r}; known: {', '.join(sorted(REGISTRY))}")
     tracing = Tracing(args.verify, tuple(filter(None, [args.print_ir_after])), args.dump_dir, args.stop_after)
     options = Options(dtype=args.dtype, quant=args.quant, activations=args.activations, mcpu=args.mcpu,
-                      context_length=args.context_length, mtp=args.mtp, force=args.force, tracing=tracing,
+                      context_length=args.context_length, mtp=args.mtp, weights=args.weights, force=args.force, tracing=tracing,
                       disabled=tuple(args.disable_pass))
     if args.stop_after:
         return _stop_after(args, options)
