@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -34,7 +35,8 @@ def bundled() -> Path:
 @pytest.fixture(scope="session")
 def builds(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """`builds("int8")`: the folder of that build, compiled at most once however many workers ask."""
-    shared = tmp_path_factory.getbasetemp().parent / "qcn-builds"
+    base = tmp_path_factory.getbasetemp()
+    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "qcn-builds"  # of this run only
     shared.mkdir(exist_ok=True)
 
     def make(variant: str) -> Path:
