@@ -106,6 +106,7 @@ class Server:
             bridge.start()
             gc.collect()
             gc.freeze()  # the model's objects live as long as the process: the collector need not look at them
+            self._socket.listen(1024)  # from here on clients may connect
             host, port = self._socket.getsockname()[:2]
             names = ", ".join(self.service.config.model_names)
             _log.info("serving %s at %s://%s:%d (tool calls: %s, reasoning: %s)", names, self._scheme,

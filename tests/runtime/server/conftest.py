@@ -3,36 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import httpx
 import pytest
 from fake_engine import FakeEngine
-from serving import LiveServer
+from serving import LiveServer, write_tokenizer
 
-import qcn_compile
 from qcn_compile.runtime.loaded import load
 from qcn_compile.runtime.server.config import ServerConfig
 from qcn_compile.runtime.server.service import Service
-from qcn_compile.runtime.tokenizer import Tokenizer
 
-ASSETS = Path(qcn_compile.__file__).parent / "assets" / "tiny-coder"
 THINKING = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
             "<|im_start|>assistant\n{% if enable_thinking is not defined or enable_thinking %}<think>\n{% endif %}"
             "{# <tool_call>{\"name\" #}")
-
-
-def write_tokenizer(build, template=None):
-    folder = build / "tokenizer"
-    folder.mkdir(parents=True)
-    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"):
-        shutil.copy(ASSETS / name, folder / name)
-    if template is not None:
-        (folder / "chat_template.jinja").write_text(template)
-    return Tokenizer(build)
 
 
 @pytest.fixture(scope="session")
@@ -87,7 +72,7 @@ def build(tmp_path_factory):
 @pytest.fixture(scope="session")
 def real(build):
     """A server in this process over the bundled model; `model` is there to look at."""
-    with load(build, threads=1, max_running_requests=8) as model:
+    with load(build, threads=1, context_length=1536, max_running_requests=64) as model:
         service = Service.of(model, ServerConfig(("tiny",), accept_any_model=True))
         with LiveServer(service) as server:
             server.model = model

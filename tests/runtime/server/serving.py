@@ -1,14 +1,20 @@
-"""A server in this process, on a port of its own."""
+"""A server in this process, on a port of its own; and the bundled model's tokenizer for it."""
 
 from __future__ import annotations
 
 import asyncio
+import shutil
 import socket
 import threading
+from pathlib import Path
 
 import uvicorn
 
+import qcn_compile
 from qcn_compile.runtime.server.app import create_app
+from qcn_compile.runtime.tokenizer import Tokenizer
+
+ASSETS = Path(qcn_compile.__file__).parent / "assets" / "tiny-coder"
 
 
 class LiveServer:
@@ -49,3 +55,13 @@ class LiveServer:
         self._thread.join(20)
         assert not self._thread.is_alive()
         assert self.service.bridge.stop()
+
+
+def write_tokenizer(build, template=None):
+    folder = build / "tokenizer"
+    folder.mkdir(parents=True)
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"):
+        shutil.copy(ASSETS / name, folder / name)
+    if template is not None:
+        (folder / "chat_template.jinja").write_text(template)
+    return Tokenizer(build)

@@ -6,6 +6,7 @@ import json
 
 import pytest
 from openai import OpenAI
+from serving import write_tokenizer
 
 CALL = ("Let me look.\n<tool_call>\n<function=read>\n<parameter=path>\nsrc/a.py\n</parameter>\n<parameter=lines>\n12\n"
         "</parameter>\n</function>\n</tool_call>")
@@ -184,8 +185,6 @@ def test_roles_and_parts_as_the_template_needs_them(serve):
 
 
 def test_a_late_system_message_moves_when_the_template_refuses_it(serve, tmp_path):
-    from conftest import write_tokenizer
-
     strict = ("{% for m in messages %}{% if m.role == 'system' and not loop.first %}"
               "{{ raise_exception('system first') }}{% endif %}[{{ m.role }}:{{ m.content }}]{% endfor %}")
     server = serve(tokens=write_tokenizer(tmp_path, strict))
