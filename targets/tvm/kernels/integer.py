@@ -28,29 +28,35 @@ class IntegerTile:
     """What AVX2 and VNNI share: the walk over groups, and the f32 chain in vectors of `lanes` rows."""
 
     lanes = 8
+    together = 1  # sums inside a group are many short chains already
 
     def __init__(self, a: Arrays, depth: int, format: str) -> None:
         self.a, self.format, self.groups = a, format, -(-depth // GROUP)
         self.lines = GROUP * TILE // LINE // (2 if format == "int4" else 1)  # lines of 64 bytes in a group
 
-    def multiply(self, index: Expr, rows: list[Expr], stride: int, acc: Array) -> None:
-        """acc[r] = W[tile index] x[rows[r]]. Codes of x are dense, so `stride` is not used."""
-        for r in range(len(rows)):
-            acc[r * TILE, TILE] = f32(0.0, TILE)
-        base = let("base", wide(index) * (self.groups * self.lines * LINE))
+    def multiply(self, tiles: list[Expr], rows: list[Expr], stride: int, acc: Array) -> None:
+        """acc[i, r] = W[tiles[i]] x[rows[r]]. Codes of x are dense, so `stride` is not used."""
+        for i in range(len(tiles) * len(rows)):
+            acc[i * TILE, TILE] = f32(0.0, TILE)
+        bases = [let("base", wide(tile) * (self.groups * self.lines * LINE)) for tile in tiles]
         xq = [let(f"q{r}", row * (self.groups * GROUP // 4)) for r, row in enumerate(rows)]
         xs = [let(f"d{r}", row * self.groups) for r, row in enumerate(rows)]
         sums = local("sums", "int32", len(rows) * TILE)
         with loop("g", self.groups) as g:
-            self.dot(let("wat", base + g * (self.lines * LINE)), [q + g * (GROUP // 4) for q in xq],
-                     [self.a.xz[d + g] for d in xs], sums)
-            scales = load_scales(self.a.s, index, self.groups, g, self.lanes)
-            for r, d in enumerate(xs):
-                x = splat(let("x", self.a.xs[d + g]), self.lanes)
-                for v, scale in enumerate(scales):
-                    at = r * TILE + v * self.lanes
-                    value = T.Cast(f"float32x{self.lanes}", sums[at, self.lanes]) * x
-                    acc[at, self.lanes] = T.fma(scale, value, acc[at, self.lanes])
+            for i, (tile, base) in enumerate(zip(tiles, bases, strict=True)):
+                self.dot(let("wat", base + g * (self.lines * LINE)), [q + g * (GROUP // 4) for q in xq],
+                         [self.a.xz[d + g] for d in xs], sums)
+                self._add(load_scales(self.a.s, tile, self.groups, g, self.lanes), [d + g for d in xs], sums, acc,
+                          i * len(rows) * TILE)
+
+    def _add(self, scales: list[Expr], xs: list[Expr], sums: Array, acc: Array, first: int) -> None:
+        """acc[first:] += scale_w * (sums * scale_x)."""
+        for r, d in enumerate(xs):
+            x = splat(let("x", self.a.xs[d]), self.lanes)
+            for v, scale in enumerate(scales):
+                at = r * TILE + v * self.lanes
+                value = T.Cast(f"float32x{self.lanes}", sums[at, self.lanes]) * x
+                acc[first + at, self.lanes] = T.fma(scale, value, acc[first + at, self.lanes])
 
     def dot(self, at: Expr, xq: list[Expr], xz: list[Expr], sums: Array) -> None:
         """sums[r] = integer products of one group: weights from byte `at`, x from int32 xq[r], zero terms xz[r]."""

@@ -26,7 +26,7 @@ from qcn_compile.targets.tvm.kernels.core import (
 )
 from qcn_compile.targets.tvm.kernels.loops import count, each, sweep
 from qcn_compile.targets.tvm.kernels.integer import make_tile
-from qcn_compile.targets.tvm.kernels.tiles import GROUP, TILE, block_sizes, input_params, token_blocks, weight_params
+from qcn_compile.targets.tvm.kernels.tiles import GROUP, TILE, block_sizes, for_blocks, for_lone, input_params, tile_range, weight_params
 
 
 def linear(symbol: str, m: Machine, *, n: int, k: int, fmt: str, act: str, rows: str, times: int, stride: int,
@@ -37,15 +37,21 @@ def linear(symbol: str, m: Machine, *, n: int, k: int, fmt: str, act: str, rows:
     with f as a:
         tokens = let("tokens", count(a, rows, times))
         tile = make_tile(a, m, k, fmt, act)
-        with parallel("j", -(-n // TILE)) as j:
-            def one(first: Expr, size: int) -> None:
-                acc = local("acc", "float32", size * TILE)
-                tile.multiply(j, [let("t", T.min(first + r, tokens - 1)) for r in range(size)], stride, acc)
+        tiles, sizes = -(-n // TILE), block_sizes(m, act, many)
+        with parallel("item", -(-tiles // tile.together)) as item:
+            def body(first: Expr, size: int, columns: list[Expr]) -> None:
+                acc = local("acc", "float32", len(columns) * size * TILE)
+                chosen = [let("t", T.min(first + r, tokens - 1)) for r in range(size)]
+                tile.multiply(columns, chosen, stride, acc)
                 for r in range(size):
                     with when(first + r < tokens):
-                        _store(a, acc, r, first + r, j, n, add, stride_r)
+                        for i, j in enumerate(columns):
+                            _store(a, acc, i * size + r, first + r, j, n, add, stride_r)
 
-            token_blocks(tokens, block_sizes(m, act, many), one)
+            begin, end, both = tile_range(tile, tiles, item)
+            with loop("j", end, begin) as j:
+                for_blocks(tokens, sizes, lambda first, size: body(first, size, [j]))
+            for_lone(tokens, sizes, lambda last: body(last, 1, both))
     return f
 
 

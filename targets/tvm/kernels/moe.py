@@ -28,7 +28,7 @@ from qcn_compile.targets.tvm.kernels.core import (
 )
 from qcn_compile.targets.tvm.kernels.integer import make_tile
 from qcn_compile.targets.tvm.kernels.loops import count, each, sweep
-from qcn_compile.targets.tvm.kernels.tiles import TILE, Tile, block_sizes, input_params, token_blocks, weight_params
+from qcn_compile.targets.tvm.kernels.tiles import TILE, Tile, block_sizes, for_blocks, for_lone, input_params, tile_range, weight_params
 
 PAD = 16  # a row of routing scratch is padded to whole vectors
 REMOVED, LOWEST = -1.0, -2.0  # probabilities are >= 0
@@ -174,21 +174,26 @@ def _expert_tiles(plan: Array, experts: int, tiles: int, tile: Tile, sizes: tupl
                   source: Callable[[Expr], Expr], store: Callable[[Array, int, Expr, Expr], None]) -> None:
     """For every (expert with work, tile) in parallel: blocks of its pairs, `source(pair)` the row of x of each."""
     expert, start, order = 1, 1 + experts, 2 + 3 * experts
-    with parallel("item", plan[0] * tiles) as item:
-        at, j = let("at", T.floordiv(item, tiles)), let("j", T.floormod(item, tiles))
+    items = -(-tiles // tile.together)
+    with parallel("item", plan[0] * items) as item:
+        at = let("at", T.floordiv(item, items))
+        begin, end, both = tile_range(tile, tiles, T.floormod(item, items))
         first = let("first", plan[start + at])
-        pairs = let("pairs", plan[start + at + 1] - first)
-        index = let("index", wide(plan[expert + at]) * tiles + j)
+        count = let("count", plan[start + at + 1] - first)
+        base = let("base", wide(plan[expert + at]) * tiles)
 
-        def body(begin: Expr, size: int) -> None:
-            acc = local("acc", "float32", size * TILE)
-            chosen = [let(f"pair{r}", plan[order + first + T.min(begin + r, pairs - 1)]) for r in range(size)]
-            tile.multiply(index, [source(pair) for pair in chosen], stride, acc)
+        def body(skip: Expr, size: int, columns: list[Expr]) -> None:
+            acc = local("acc", "float32", len(columns) * size * TILE)
+            chosen = [let(f"pair{r}", plan[order + first + T.min(skip + r, count - 1)]) for r in range(size)]
+            tile.multiply([base + j for j in columns], [source(pair) for pair in chosen], stride, acc)
             for r, pair in enumerate(chosen):
-                with when(begin + r < pairs):
-                    store(acc, r, pair, j)
+                with when(skip + r < count):
+                    for i, j in enumerate(columns):
+                        store(acc, i * size + r, pair, j)
 
-        token_blocks(pairs, sizes, body)
+        with loop("j", end, begin) as j:
+            for_blocks(count, sizes, lambda skip, size: body(skip, size, [j]))
+        for_lone(count, sizes, lambda last: body(last, 1, both))
 
 
 def moe_combine(symbol: str, m: Machine, *, rows: str, slots: int, hidden: int, add: bool, stride_r: int,

@@ -33,10 +33,12 @@ CODES = {"f32": "float32", "bf16": "uint16", "int8": "int8", "int4": "uint8"}
 
 
 class Tile(Protocol):
-    """A weight cut into tiles of 16 rows."""
+    """A weight cut into tiles of 16 rows. A lone token takes `together` of them at once."""
 
-    def multiply(self, index: Expr, rows: list[Expr], stride: int, acc: Array) -> None:
-        """acc[r] = W[tile index] x[rows[r]], acc [rows, 16]; `stride` between f32 rows of x, 0 when dense."""
+    together: int
+
+    def multiply(self, tiles: list[Expr], rows: list[Expr], stride: int, acc: Array) -> None:
+        """acc[i, r] = W[tiles[i]] x[rows[r]], acc [tiles, rows, 16]; `stride` between f32 rows of x, 0 when dense."""
         ...
 
 
@@ -59,54 +61,77 @@ def block_sizes(m: Machine, activations: str, many: bool) -> tuple[int, ...]:
     return (12, 4, 1) if m.lanes == 16 else (6, 1)
 
 
-def token_blocks(tokens: Expr, sizes: tuple[int, ...], body: Callable[[Expr, int], None]) -> None:
-    """body(first, size) over 0..tokens in falling sizes. The last block but the blocks of one may reach past the end."""
+def for_blocks(tokens: Expr, sizes: tuple[int, ...], body: Callable[[Expr, int], None]) -> None:
+    """body(first, size) over 0..tokens in falling sizes, a lone last token left out (see `for_lone`).
+
+    The last block may reach past the end.
+    """
     done = T.int32(0)
     for size in sizes[:-2]:
         with loop("b", T.floordiv(tokens - done, size)) as b:
             body(done + b * size, size)
         done = let("done", done + T.floordiv(tokens - done, size) * size)
-    size, rest = sizes[-2], let("rest", tokens - done)
-    with loop("b", T.floordiv(rest + size - 2, size)) as b:
-        body(done + b * size, size)
-    with when(T.floormod(rest, size) == 1):
-        body(let("last", tokens - 1), 1)
+    with loop("b", T.floordiv(tokens - done + sizes[-2] - 2, sizes[-2])) as b:
+        body(done + b * sizes[-2], sizes[-2])
+
+
+def for_lone(tokens: Expr, sizes: tuple[int, ...], body: Callable[[Expr], None]) -> None:
+    """body(last) when `for_blocks` left one token over."""
+    rest = tokens
+    for size in sizes[:-1]:
+        rest = T.floormod(rest, size)
+    with when(rest == 1):
+        body(let("last", tokens - 1))
+
+
+def tile_range(tile: Tile, count: int, item: Expr) -> tuple[Expr, Expr, list[Expr]]:
+    """Work item `item` of `count` tiles: first and end tile, and the tiles a lone token takes (the last may repeat)."""
+    first = let("first_tile", item * tile.together)
+    return (first, let("end_tile", T.min(first + tile.together, count)),
+            [let(f"tile{i}", T.min(first + i, count - 1)) for i in range(tile.together)])
 
 
 class FloatTile:
-    """f32 activations; weights are widened or dequantised in registers."""
+    """f32 activations; weights are widened or dequantised in registers.
+
+    One chain of additions alone would wait for itself, so a lone token takes two tiles at once.
+    """
+
+    together = 2
 
     def __init__(self, a: Arrays, m: Machine, depth: int, format: str) -> None:
         self.a, self.m, self.depth, self.format = a, m, depth, format
         self.coded, self.groups = format in ("int8", "int4"), -(-depth // GROUP)
 
-    def multiply(self, index: Expr, rows: list[Expr], stride: int, acc: Array) -> None:
-        for r in range(len(rows)):
-            acc[r * TILE, TILE] = f32(0.0, TILE)
+    def multiply(self, tiles: list[Expr], rows: list[Expr], stride: int, acc: Array) -> None:
+        for i in range(len(tiles) * len(rows)):
+            acc[i * TILE, TILE] = f32(0.0, TILE)
         starts = [let(f"x{r}", row * (stride or self.depth)) for r, row in enumerate(rows)]
         if not self.coded:
-            base = let("base", wide(index) * (self.depth * TILE))
+            bases = [let("base", wide(tile) * (self.depth * TILE)) for tile in tiles]
             unroll = 8 if len(starts) == 1 else 4
-            self._steps(0, self.depth, unroll, lambda k: self._plain(base, k), starts, acc)
+            self._steps(0, self.depth, unroll, lambda k: [self._plain(base, k) for base in bases], starts, acc)
             return
-        base = let("base", wide(index) * (self.groups * GROUP * TILE // (2 if self.format == "int4" else 1)))
+        size = self.groups * GROUP * TILE // (2 if self.format == "int4" else 1)
+        bases = [let("base", wide(tile) * size) for tile in tiles]
         full = self.depth // GROUP
         if full:
             with loop("g", full) as g:
-                self._group(index, base, g, GROUP, starts, acc)
+                self._group(tiles, bases, g, GROUP, starts, acc)
         if self.depth % GROUP:
-            self._group(index, base, full, self.depth % GROUP, starts, acc)
+            self._group(tiles, bases, full, self.depth % GROUP, starts, acc)
 
-    def _steps(self, first: Expr, count: int, unroll: int, weights: Callable[[Expr], list[Expr]], starts: list[Expr],
-               acc: Array) -> None:
-        """acc += w(k) x[k] for k in first .. first+count, `unroll` at a time."""
+    def _steps(self, first: Expr, count: int, unroll: int, weights: Callable[[Expr], list[list[Expr]]],
+               starts: list[Expr], acc: Array) -> None:
+        """acc += w(k) x[k] for k in first .. first+count, `unroll` at a time; weights(k) by tile and vector."""
         def step(k: Expr) -> None:
-            lanes, w = self.m.lanes, weights(k)
+            lanes, tiles = self.m.lanes, weights(k)
             for r, start in enumerate(starts):
                 x = splat(let("xk", self.a.x[start + k]), lanes)
-                for v in range(TILE // lanes):
-                    at = r * TILE + v * lanes
-                    acc[at, lanes] = T.fma(w[v], x, acc[at, lanes])
+                for i, w in enumerate(tiles):
+                    for v in range(TILE // lanes):
+                        at = (i * len(starts) + r) * TILE + v * lanes
+                        acc[at, lanes] = T.fma(w[v], x, acc[at, lanes])
 
         if count >= unroll:
             with loop("k", count // unroll) as k:
@@ -122,24 +147,26 @@ class FloatTile:
         raw = [self.a.w[at + v * lanes, lanes] for v in range(TILE // lanes)]
         return [let(f"w{v}", r if self.format == "f32" else math.widen(r)) for v, r in enumerate(raw)]
 
-    def _group(self, index: Expr, base: Expr, g: Expr, count: int, starts: list[Expr], acc: Array) -> None:
-        lanes = self.m.lanes
-        scales = load_scales(self.a.s, index, self.groups, g, lanes)
+    def _group(self, tiles: list[Expr], bases: list[Expr], g: Expr, count: int, starts: list[Expr],
+               acc: Array) -> None:
+        scales = [load_scales(self.a.s, tile, self.groups, g, self.m.lanes) for tile in tiles]
 
-        def weights(k: Expr) -> list[Expr]:
-            return [let(f"w{v}", T.Cast(vector("float32", lanes), self._code(base, k, v)) * scales[v])
-                    for v in range(TILE // lanes)]
+        def weights(k: Expr) -> list[list[Expr]]:
+            return [[let(f"w{v}", self._decoded(base, k, v, scale)) for v, scale in enumerate(row)]
+                    for base, row in zip(bases, scales, strict=True)]
 
         self._steps(g * GROUP, count, 2, weights, starts, acc)
 
-    def _code(self, base: Expr, k: Expr, v: int) -> Expr:
-        """Codes of input k for the v-th vector of rows, as int32."""
+    def _decoded(self, base: Expr, k: Expr, v: int, scale: Expr) -> Expr:
+        """Weights of input k for the v-th vector of rows: code * scale. For int4, nibble * scale - 8 * scale is the same
+        number, as the fused product is exact."""
         lanes = self.m.lanes
+        integer, real = vector("int32", lanes), vector("float32", lanes)
         if self.format == "int8":
-            return T.Cast(vector("int32", lanes), self.a.w[base + k * TILE + v * lanes, lanes])
-        byte = T.Cast(vector("int32", lanes), self.a.w[base + T.floordiv(k, 2) * TILE + v * lanes, lanes])
+            return T.Cast(real, T.Cast(integer, self.a.w[base + k * TILE + v * lanes, lanes])) * scale
+        byte = T.Cast(integer, self.a.w[base + T.floordiv(k, 2) * TILE + v * lanes, lanes])
         nibble = T.bitwise_and(T.shift_right(byte, splat(T.floormod(k, 2) * 4, lanes)), i32(15, lanes))
-        return nibble - i32(8, lanes)
+        return T.fma(T.Cast(real, nibble), scale, scale * f32(-8.0, lanes))
 
 
 def load_scales(s: Array, index: Expr, groups: int, g: Expr, lanes: int) -> list[Expr]:
