@@ -59,6 +59,7 @@ class Mapping:
         job: Any = copy.deepcopy(converter)
         job.collected_tensors.update(sources)
         merged = job.convert(path, model=self.model, config=self.model.config)[path]
+        job.collected_tensors.clear()
         whole: Tensor = merged[0] if isinstance(merged, list) else merged
         return whole
 

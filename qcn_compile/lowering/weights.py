@@ -64,17 +64,12 @@ def name_blobs(keys: Iterable[BlobKey]) -> dict[BlobKey, str]:
 
 @torch.no_grad()
 def evaluate(value: Value, weights: Source) -> Tensor:
-    """The tensor of a static value."""
-    memo: dict[Value, Tensor] = {}
-
-    def visit(at: Value) -> Tensor:
-        if at not in memo:
-            assert at.op is not None
-            results = run_op(at.op, [visit(v) for v in at.op.inputs], weights)
-            memo.update(zip(at.op.results, results, strict=True))
-        return memo[at]
-
-    return visit(value)
+    """The tensor of a static value. Nothing is kept: what two values share is computed twice, memory stays low."""
+    if value.op is None:
+        raise ValueError(f"%{value.name} is an input, not a static value")
+    results = run_op(value.op, [evaluate(v, weights) for v in value.op.inputs], weights)
+    tensor: Tensor = results[value.op.results.index(value)]
+    return tensor
 
 
 def packed(names: dict[BlobKey, str], weights: Source, target: Target,
