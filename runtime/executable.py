@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -16,20 +17,33 @@ from qcn_compile.runtime.profile import Profile
 from qcn_compile.runtime.weights import Weights
 
 
-class Executable:
-    """Runs the `main` plans of one build over caches of its own. Plans are bound to addresses on first use."""
+class Addressed(Protocol):
+    """Weights, wherever they are."""
 
-    def __init__(self, build: Path, manifest: Manifest, device: CpuDevice, weights: Weights,
-                 memory: MemoryPlan) -> None:
+    nbytes: int
+
+    def address(self, name: str) -> int: ...
+
+
+class Plans:
+    """The `main` plans of one build, smallest first, the input arrays of a step, and where arguments lie.
+
+    A device's executable fills in the addresses: `_base` of the workspace, `_caches` and `_places` of the inputs.
+    """
+
+    _weights: Addressed
+    _base: int
+
+    def __init__(self, build: Path, manifest: Manifest, memory: MemoryPlan) -> None:
         plans = [plan for name in manifest.plans if (plan := read_plan(build, name)).entry == "main"]
         if not plans:
             raise ArtifactError(f"{build} has no plan of the entry main; build again with qcn-compile")
-        self._device, self._weights, self._memory, self._vocab = device, weights, memory, manifest.vocab_size
+        self._memory, self._vocab = memory, manifest.vocab_size
         self._plans = sorted(plans, key=lambda plan: (plan.tokens, plan.sequences, plan.rows))
-        self._tables: dict[str, tuple[np.ndarray, list[np.ndarray]]] = {}
-        self._workspace = allocate(max(plan.workspace_bytes for plan in plans))
         self._inputs = InputArrays(self.capacities, -(-memory.context_length // memory.page_size))
-        self._caches = self._allocate_caches(manifest)
+        self._caches: dict[tuple[str, str], int] = {}
+        self._places: dict[str, int] = {}
+        self.workspace_bytes = max(plan.workspace_bytes for plan in plans)
         self.profile: Profile | None = None
 
     @property
@@ -41,10 +55,6 @@ class Executable:
     def weight_bytes(self) -> int:
         return self._weights.nbytes
 
-    @property
-    def workspace_bytes(self) -> int:
-        return len(self._workspace)
-
     def select(self, tokens: int, sequences: int, rows: int) -> Plan:
         """The smallest plan that holds a step. Raises CapacityError when none does."""
         for plan, capacity in zip(self._plans, self.capacities, strict=True):
@@ -53,6 +63,44 @@ class Executable:
         raise CapacityError(f"a step of {tokens} tokens, {sequences} sequences and {rows} rows of logits fits no plan "
                             f"of the build ({', '.join(p.name for p in self._plans)})"
                             "; split it, or build larger buckets")
+
+    def check_integrity(self) -> None:
+        """The last step's inputs name only tokens, pages and slots that exist."""
+        arrays = self._inputs.arrays
+        tokens, sequences, rows, width = (int(n) for n in arrays["counts"])
+        limits = {"tokens": (tokens, self._vocab), "slots": (sequences, self._memory.slots), "rows": (rows, tokens),
+                  "block_table": (sequences * width, self._memory.pages)}
+        for name, (count, limit) in limits.items():
+            used = arrays[name][:count]
+            if count and (used.min() < 0 or used.max() >= limit):
+                raise AssertionError(f"input {name} names {used.min()}..{used.max()}, outside 0..{limit - 1}")
+
+    def _pointer(self, arg: Arg, plan: Plan) -> int:
+        if arg.kind in ("workspace", "output"):
+            return self._base + arg.offset
+        if arg.kind == "weight":
+            return self._weights.address(arg.name)
+        if arg.kind == "state" and (arg.name, arg.part) in self._caches:
+            return self._caches[arg.name, arg.part]
+        if arg.kind == "input" and arg.name in self._places:
+            return self._places[arg.name]
+        raise ArtifactError(f"plan {plan.name} has an argument this runtime does not know: {arg.kind} {arg.name} "
+                            f"{arg.part}".rstrip() + "; build again with the qcn-compile of this version")
+
+
+class Executable(Plans):
+    """Runs the plans on the CPU over caches of its own. Plans are bound to addresses on first use."""
+
+    def __init__(self, build: Path, manifest: Manifest, device: CpuDevice, weights: Weights,
+                 memory: MemoryPlan) -> None:
+        super().__init__(build, manifest, memory)
+        self._device, self._weights = device, weights
+        self._tables: dict[str, tuple[np.ndarray, list[np.ndarray]]] = {}
+        self._workspace = allocate(self.workspace_bytes)
+        self._base = address(self._workspace)
+        self._places = {name: address(array) for name, array in self._inputs.arrays.items()}
+        self._memory_of_caches = self._allocate_caches(manifest)
+        self._caches = {key: address(array) for key, array in self._memory_of_caches.items()}
 
     def run(self, spans: Sequence[Span]) -> np.ndarray:
         """Run one step. Returns the wanted rows' logits, f32 [R, vocab], valid until the next step.
@@ -74,17 +122,6 @@ class Executable:
         start, width = output["offset"], output["width"]
         logits = self._workspace[start:start + 4 * rows * width].view(np.float32).reshape(rows, width)
         return logits[:, :self._vocab]
-
-    def check_integrity(self) -> None:
-        """The last step's inputs name only tokens, pages and slots that exist."""
-        arrays = self._inputs.arrays
-        tokens, sequences, rows, width = (int(n) for n in arrays["counts"])
-        limits = {"tokens": (tokens, self._vocab), "slots": (sequences, self._memory.slots), "rows": (rows, tokens),
-                  "block_table": (sequences * width, self._memory.pages)}
-        for name, (count, limit) in limits.items():
-            used = arrays[name][:count]
-            if count and (used.min() < 0 or used.max() >= limit):
-                raise AssertionError(f"input {name} names {used.min()}..{used.max()}, outside 0..{limit - 1}")
 
     def _allocate_caches(self, manifest: Manifest) -> dict[tuple[str, str], np.ndarray]:
         caches = {}
@@ -110,15 +147,3 @@ class Executable:
                 keep.append(args)
             self._tables[plan.name] = table, keep
         return self._tables[plan.name][0]
-
-    def _pointer(self, arg: Arg, plan: Plan) -> int:
-        if arg.kind in ("workspace", "output"):
-            return address(self._workspace) + arg.offset
-        if arg.kind == "weight":
-            return self._weights.address(arg.name)
-        if arg.kind == "state" and (arg.name, arg.part) in self._caches:
-            return address(self._caches[arg.name, arg.part])
-        if arg.kind == "input" and arg.name in self._inputs.arrays:
-            return address(self._inputs.arrays[arg.name])
-        raise ArtifactError(f"plan {plan.name} has an argument this runtime does not know: {arg.kind} {arg.name} "
-                            f"{arg.part}".rstrip() + "; build again with the qcn-compile of this version")

@@ -40,7 +40,8 @@ class Weights:
             path = build / name
             data = _copy(path, self.nbytes, total, report) if huge_pages else _map(path)
             self._keep.append(data)
-            self._addresses |= _blobs(path, data)
+            base = address(data)
+            self._addresses |= {name: base + offset for name, offset in blobs_in(path, data).items()}
             self.nbytes += len(data)
 
     def address(self, name: str) -> int:
@@ -73,8 +74,8 @@ def _copy(path: Path, done: int, total: int, report: Report | None) -> np.ndarra
     return data
 
 
-def _blobs(path: Path, data: np.ndarray) -> dict[str, int]:
-    """Addresses of the blobs of one safetensors file, each checked to lie inside and on a 64-byte boundary."""
+def blobs_in(path: Path, data: np.ndarray) -> dict[str, int]:
+    """Where the blobs of one safetensors file start in it, each checked to lie inside and on a 64-byte boundary."""
     damaged = f"{path} is no safetensors file of ours"
     length = struct.unpack("<Q", data[:8].tobytes())[0] if len(data) >= 8 else len(data)
     start = 8 + length
@@ -85,12 +86,11 @@ def _blobs(path: Path, data: np.ndarray) -> dict[str, int]:
     except ValueError as error:
         raise ArtifactError(f"{damaged}: {error}; build again with qcn-compile") from None
     header.pop("__metadata__", None)
-    base = address(data) + start
     blobs = {}
     for name, row in header.items():
         first, last = row["data_offsets"]
-        if (base + first) % ALIGNMENT or start + last > len(data):
+        if (start + first) % ALIGNMENT or start + last > len(data):
             raise ArtifactError(f"{damaged}: blob {name} is misaligned or outside the file; "
                                 "build again with qcn-compile")
-        blobs[name] = base + first
+        blobs[name] = start + first
     return blobs
