@@ -105,6 +105,7 @@ def compile_one(kernel: Kernel, arch: int) -> tuple[bytes, dict[str, Any]]:
     registers, stack = resources(made.asm["cubin"])
     return made.asm["cubin"], {"entry": info.name, "shared": info.shared, "threads": 32 * info.num_warps, "pdl": pdl,
                                "pointers": len(present), "registers": registers, "stack": stack,
+                               "loose": [i for i, p in enumerate(present) if not p.aligned],
                                "source": f"source/{family.module}.py"}
 
 
