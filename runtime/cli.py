@@ -57,6 +57,7 @@ def parser() -> argparse.ArgumentParser:
     s.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same text")
     s.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated")
     m = p.add_argument_group("machine")
+    m.add_argument("--model", type=Path, metavar="DIR", help="checkpoint for a build made with --weights late")
     m.add_argument("--threads", type=int, metavar="N", help="default: QCN_THREADS, or all cores of this process")
     m.add_argument("--context-length", type=int, metavar="N", help="tokens a sequence may have (default: the build's)")
     m.add_argument("--max-running-requests", type=int, metavar="N",
@@ -125,7 +126,7 @@ def _load(arguments: argparse.Namespace) -> Model:
         return load(arguments.build, context_length=arguments.context_length, threads=arguments.threads,
                     max_running_requests=running, prefill_chunk=arguments.prefill_chunk,
                     cache_memory=None if memory is None else int(memory * 1e9), huge_pages=arguments.huge_pages,
-                    verify=arguments.verify, report=progress.report)
+                    verify=arguments.verify, model=arguments.model, report=progress.report)
 
 
 def _sampling(model: Model, arguments: argparse.Namespace) -> SamplingParams:

@@ -145,6 +145,9 @@ class CpuDevice:
             self.close()
             raise
 
+    def __str__(self) -> str:
+        return f"{self.threads} threads"
+
     def symbol(self, name: str) -> int:
         """Address of a kernel in any of the libraries. Raises ArtifactError when none has it."""
         for library in self._kernels:

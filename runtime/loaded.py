@@ -17,6 +17,8 @@ import numpy as np
 from qcn_compile import settings
 from qcn_compile.artifact import Manifest, read_manifest
 from qcn_compile.errors import ArtifactError, QcnError, UsageError
+from qcn_compile.runtime.cuda.device import CudaDevice
+from qcn_compile.runtime.cuda.executable import CudaExecutable, open_cuda
 from qcn_compile.runtime.device import CpuDevice, check_processor
 from qcn_compile.runtime.engine import Engine, EngineConfig, Output, check_tokens
 from qcn_compile.runtime.executable import Executable
@@ -31,10 +33,12 @@ Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 
 def load(build: str | PathLike[str], *, context_length: int | None = None, max_running_requests: int = 4,
          threads: int | None = None, cache_memory: int | None = None, prefill_chunk: int | None = None,
-         huge_pages: bool = False, pin: bool = False, verify: bool = False, report: Report | None = None) -> Model:
+         huge_pages: bool = False, pin: bool = False, verify: bool = False, model: str | PathLike[str] | None = None,
+         report: Report | None = None) -> Model:
     """Open a build. `cache_memory` in bytes bounds KV pages and state slots; `prefill_chunk` prompt tokens a step.
 
-    `huge_pages` copies the weights into huge pages, `pin` binds threads to cores, `verify` hashes every file.
+    `huge_pages` copies the weights into huge pages, `pin` binds threads to cores, `verify` hashes every file, `model`
+    is the checkpoint that a build without weights takes them from.
     Raises ArtifactError, CapacityError, UsageError or DeviceError with the cure in the message.
     """
     if threads is not None and threads < 1:
@@ -44,25 +48,41 @@ def load(build: str | PathLike[str], *, context_length: int | None = None, max_r
     started = time.perf_counter()
     path = Path(build)
     manifest = read_manifest(path, deep=verify)
-    check_processor(manifest.target)
-    memory = plan_memory(manifest, context_length, max_running_requests, cache_memory)
-    device = CpuDevice(path, manifest.libraries, threads or settings.threads(), pin)
+    device: CpuDevice | CudaDevice
+    executable: Executable | CudaExecutable
+    if manifest.target["kind"] == "gpu":
+        checkpoint = None if model is None else Path(model)
+        device, executable, memory = open_cuda(path, manifest, context_length, max_running_requests, cache_memory,
+                                               checkpoint, report)
+    else:
+        memory = plan_memory(manifest, context_length, max_running_requests, cache_memory)
+        device, executable = _open_cpu(path, manifest, memory, threads or settings.threads(), pin, huge_pages, report)
     try:
-        weights = Weights(path, manifest.weights, huge_pages, report)
-        executable = Executable(path, manifest, device, weights, memory)
-        model = Model(path, manifest, device, executable, memory, prefill_chunk)
+        loaded = Model(path, manifest, device, executable, memory, prefill_chunk)
     except (QcnError, OSError):
         device.close()
         raise
-    model.load_seconds = time.perf_counter() - started
-    return model
+    loaded.load_seconds = time.perf_counter() - started
+    return loaded
+
+
+def _open_cpu(path: Path, manifest: Manifest, memory: MemoryPlan, threads: int, pin: bool, huge_pages: bool,
+              report: Report | None) -> tuple[CpuDevice, Executable]:
+    check_processor(manifest.target)
+    device = CpuDevice(path, manifest.libraries, threads, pin)
+    try:
+        weights = Weights(path, manifest.weights, huge_pages, report)
+        return device, Executable(path, manifest, device, weights, memory)
+    except (QcnError, OSError):
+        device.close()
+        raise
 
 
 class Model:
     """A loaded artifact. Not thread-safe; close it, or use it as a context manager."""
 
-    def __init__(self, build: Path, manifest: Manifest, device: CpuDevice, executable: Executable, memory: MemoryPlan,
-                 prefill_chunk: int | None) -> None:
+    def __init__(self, build: Path, manifest: Manifest, device: CpuDevice | CudaDevice,
+                 executable: Executable | CudaExecutable, memory: MemoryPlan, prefill_chunk: int | None) -> None:
         self.manifest, self.memory, self.executable = manifest, memory, executable
         self.load_seconds = 0.0
         self._build, self._device = build, device
@@ -141,7 +161,7 @@ class Model:
 
     def describe(self) -> str:
         """What is loaded and what it costs, in one line."""
-        return (f"{len(self.executable.capacities)} plans, {self._device.threads} threads, "
+        return (f"{len(self.executable.capacities)} plans, {self._device}, "
                 f"weights {self.executable.weight_bytes / 1e6:.1f} MB, workspace "
                 f"{self.executable.workspace_bytes / 1e6:.1f} MB, context {self.memory.context_length}, {self.memory}, "
                 f"loaded in {1e3 * self.load_seconds:.0f} ms")
