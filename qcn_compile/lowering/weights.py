@@ -16,7 +16,7 @@ from qcn_compile.ir.graph import Op, Value
 from qcn_compile.ir.interpret import run_op
 from qcn_compile.targets.base import Encoding, Target
 
-SHARD_BYTES = 1 << 30
+SHARD_BYTES = 256 << 20
 Source = Callable[[str], Tensor]
 
 
@@ -84,7 +84,7 @@ def packed(names: dict[BlobKey, str], weights: Source, target: Target,
 
 
 def write_shards(blobs: Iterable[tuple[str, np.ndarray]], folder: Path) -> list[str]:
-    """Write blobs into safetensors files of about a gibibyte; returns their names."""
+    """Write blobs into safetensors files of about 256 MB; returns their names."""
     folder.mkdir(parents=True, exist_ok=True)
     files: list[str] = []
     pending: list[tuple[str, np.ndarray]] = []
