@@ -17,7 +17,7 @@ def to_e4m3(x: np.ndarray) -> np.ndarray:
     size = np.minimum(np.abs(x), LARGEST)
     exponent = np.clip(np.frexp(size)[1] - 1, -6, 8)  # subnormals share the exponent -6
     steps = np.rint(np.ldexp(size, 3 - exponent)).astype(np.int32)  # 8..16 in a binade, 0..8 below all of them
-    code = np.where(exponent > -6, (exponent + 7) * 8 + steps - 8, steps)
+    code = np.where(steps > 0, (exponent + 6) * 8 + steps, 0)
     code = np.where(np.isnan(x), 0x7F, np.minimum(code, 0x7E))
     return (code | np.where(np.signbit(x), 0x80, 0)).astype(np.uint8)
 

@@ -1,0 +1,125 @@
+"""Weights bound late equal weights copied, byte for byte; dummy sizes equal packed sizes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from qcn_compile.ir.graph import Op, Value
+from qcn_compile.ir.optable import TABLE
+from qcn_compile.lowering.late import deferred, merged_names
+from qcn_compile.lowering.weights import BlobKey, name_blobs, packed
+from qcn_compile.runtime import late_weights
+from qcn_compile.targets import fp8
+from qcn_compile.targets.base import Encoding
+from qcn_compile.targets.encoding import to_bf16
+from qcn_compile.targets.triton.packing import pack, sizes
+from qcn_compile.targets.triton.target import GpuTarget
+
+
+def _value(op: str, inputs: list[Value], /, **attrs: object) -> Value:
+    import qcn_compile.ir.ops  # noqa: F401  (fills the op table)
+
+    made = Op(op, list(inputs), [], attrs)  # type: ignore[arg-type]
+    made.results = [Value(op, TABLE[op].infer(*[v.type for v in inputs], **attrs), made)]
+    return made.result
+
+
+def _weight(name: str, *shape: int) -> Value:
+    from qcn_compile.ir.types import DType
+
+    return _value("weight", [], name=name, dtype=DType.bf16, shape=shape)
+
+
+def _keys() -> list[BlobKey]:
+    from qcn_compile.ir.types import DType
+
+    a, b = _weight("a.weight", 256, 160), _weight("b.weight", 128, 160)
+    both = _value("concat", [_value("take_rows", [a], runs=((128, 128), (0, 128))), b], axis=0)
+    odd = _value("take_rows", [a], runs=((2, 2), (0, 2)))
+    experts, one = _weight("model.layers.0.mlp.experts.gate_up_proj", 3, 64, 40), _weight("s.weight", 64, 40)
+    stack = _value("concat", [experts, _value("reshape", [one], shape=(1, 64, 40))], axis=0)
+    norm = _value("add_scalar", [_value("cast", [_weight("n.weight", 40)], dtype=DType.f32)], value=1.0)
+    decay = _value("neg", [_value("exp", [_value("cast", [_weight("A_log", 40)], dtype=DType.f32)])])
+    taps = _value("reshape", [_weight("c.weight", 24, 1, 4)], shape=(24, 4))
+    return [*(BlobKey(v, "matrix", e) for v in (both, odd, stack) for e in (Encoding("bf16"), Encoding("fp8", 128))),
+            BlobKey(norm, "vector", Encoding()), BlobKey(decay, "vector", Encoding()),
+            BlobKey(taps, "channels", Encoding())]
+
+
+def _checkpoint(folder: Path) -> dict[str, np.ndarray]:
+    """bf16 tensors on disk, experts apart; the same as the traced model names them, f32."""
+    rng = np.random.default_rng(0)
+    shapes: dict[str, tuple[int, ...]] = {"a.weight": (256, 160), "b.weight": (128, 160), "s.weight": (64, 40),
+                                          "n.weight": (40,), "A_log": (40,), "c.weight": (24, 1, 4)}
+    for e in range(3):
+        for part in ("gate_proj", "up_proj"):
+            shapes[f"model.layers.0.mlp.experts.{e}.{part}.weight"] = (32, 40)
+    bits = {name: to_bf16(rng.standard_normal(shape)) for name, shape in shapes.items()}
+    save_file(bits, folder / "model.safetensors")
+    raw = (folder / "model.safetensors").read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header = raw[8:8 + length].replace(b'"U16"', b'"BF16"')
+    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + raw[8 + length:])
+    wide = {name: (data.astype(np.uint32) << 16).view(np.float32) for name, data in bits.items()}
+    wide["model.layers.0.mlp.experts.gate_up_proj"] = np.stack([np.concatenate(
+        [wide[f"model.layers.0.mlp.experts.{e}.{part}.weight"] for part in ("gate_proj", "up_proj")]) for e in range(3)])
+    return wide
+
+
+def test_late_equals_copied(tmp_path: Path) -> None:
+    import torch
+
+    wide, target = _checkpoint(tmp_path), GpuTarget("h100")
+    names = name_blobs(_keys())
+    copied = dict(packed(names, lambda name: torch.from_numpy(wide[name]), target))
+    later, now = deferred(names, target, "late")
+    assert not now
+    checkpoint = late_weights.Checkpoint(tmp_path)
+    for name, recipe in json.loads(json.dumps(later["recipes"])).items():
+        for part, blob in late_weights.bound(recipe, checkpoint).items():
+            assert blob.tobytes() == copied[f"{name}.{part}"].tobytes(), name
+            assert blob.nbytes == recipe["parts"][part]
+
+
+def test_an_fp8_checkpoint_is_copied_not_converted() -> None:
+    rng = np.random.default_rng(1)
+    codes, scales = fp8.quantize(rng.standard_normal((256, 160)))
+    stored = late_weights.Tensor("fp8", codes, scales)
+    turned = late_weights._take_rows({"runs": [[128, 128], [0, 128]]}, [stored])
+    parts = late_weights.pack("matrix", "fp8", turned)
+    assert parts["w"].tobytes() == np.concatenate([codes[128:], codes[:128]]).tobytes()
+    assert parts["s"][:16].tobytes() == scales[::-1].copy().tobytes()
+    np.testing.assert_array_equal(stored.wide(), fp8.dequantize(codes, scales))
+
+
+def test_names_of_experts() -> None:
+    assert merged_names("model.layers.3.mlp.experts.down_proj") == ["model.layers.3.mlp.experts.*.down_proj.weight"]
+    assert merged_names("model.layers.3.mlp.gate.weight") == []
+
+
+@pytest.mark.parametrize("layout", ["matrix", "vector", "channels"])
+@pytest.mark.parametrize("encoding", [Encoding("bf16"), Encoding("fp8", 128)], ids=lambda e: e.format)
+def test_sizes_without_packing(layout: str, encoding: Encoding) -> None:
+    shape = (3, 130, 40) if layout == "matrix" else (24, 4)
+    made = pack(layout, encoding, np.ones(shape, np.float32))
+    assert {part: blob.nbytes for part, blob in made.items()} == {p: n for p, (_, n) in
+                                                                  sizes(layout, encoding, shape).items()}
+
+
+def test_fp8_rounds_as_torch_does() -> None:
+    import torch
+
+    rng = np.random.default_rng(2)
+    x = np.concatenate([rng.standard_normal(4096) * 10.0 ** rng.integers(-4, 3, 4096), fp8.VALUES[:127], [460, -1e9]])
+    want = torch.from_numpy(np.clip(x, -448, 448).astype(np.float32)).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+    assert np.array_equal(fp8.to_e4m3(x.astype(np.float32)), want)
+    every = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float().numpy()
+    np.testing.assert_array_equal(fp8.VALUES, every)
+    w = rng.standard_normal((130, 200)).astype(np.float32)
+    for mine, theirs in zip(fp8.quantize(w), late_weights.quantize(w), strict=True):
+        assert np.array_equal(mine, theirs)
