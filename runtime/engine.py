@@ -14,6 +14,7 @@ from qcn_compile.errors import CapacityError, UsageError
 from qcn_compile.runtime.batch import Capacity, Span
 from qcn_compile.runtime.detokenize import Detokenizer
 from qcn_compile.runtime.kv_cache import PageAllocator
+from qcn_compile.runtime.prefix.cache import PrefixCache
 from qcn_compile.runtime.request import FinishReason, Request, SamplingParams
 from qcn_compile.runtime.sampler import Constraint, Sample, Sampler
 from qcn_compile.runtime.scheduler import Chunk, Scheduler, SchedulerLimits
@@ -46,12 +47,16 @@ class EngineConfig:
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one request: from arrival to its first token, and from there to its last one."""
+    """Seconds of one request: from arrival to its first token, and from there to its last one.
+
+    cached_tokens: prompt tokens that the prefix cache had.
+    """
 
     prompt_tokens: int
     new_tokens: int
     first_token: float
     decode: float
+    cached_tokens: int = 0
 
     @property
     def prefill_rate(self) -> float:
@@ -66,7 +71,10 @@ class Timing:
 
 @dataclass(frozen=True)
 class Output:
-    """What one step added to a request. The last one has a finish reason, timing, and the stop string that ended it."""
+    """What one step added to a request. The last one has a finish reason, timing, and the stop string that ended it.
+
+    cached: on the first one, the prompt tokens that the prefix cache had.
+    """
 
     request_id: str
     text: str
@@ -75,6 +83,7 @@ class Output:
     samples: tuple[Sample, ...] = ()
     timing: Timing | None = None
     matched_stop: str | None = None
+    cached: int = 0
 
 
 @dataclass
@@ -86,24 +95,33 @@ class _Live:
     detokenizer: Detokenizer
     started: float = field(default_factory=time.perf_counter)
     first: float | None = None
+    reported: bool = False
 
     def timing(self) -> Timing:
         now = time.perf_counter()
         first = now if self.first is None else self.first
-        return Timing(len(self.request.prompt), self.request.generated, first - self.started, now - first)
+        return Timing(len(self.request.prompt), self.request.generated, first - self.started, now - first,
+                      self.request.cached or 0)
+
+    def cached(self) -> int:
+        """Cached prompt tokens to report with the next output: once."""
+        first, self.reported = not self.reported, True
+        return (self.request.cached or 0) if first else 0
 
 
 class Engine:
     """Continuous batching over one runner. Not thread-safe: one thread adds, steps and aborts."""
 
-    def __init__(self, runner: Runner, token_bytes: Callable[[int], bytes], config: EngineConfig) -> None:
+    def __init__(self, runner: Runner, token_bytes: Callable[[int], bytes], config: EngineConfig,
+                 prefixes: Callable[[PageAllocator], PrefixCache] | None = None) -> None:
         self.config = config
         self.pages = PageAllocator(config.pages)
         self.slots = SlotAllocator(config.slots)
+        self.prefixes = None if prefixes is None else prefixes(self.pages)
         self._runner, self._token_bytes = runner, token_bytes
         chunk = max(c.tokens for c in runner.capacities) if config.prefill_chunk is None else config.prefill_chunk
         limits = SchedulerLimits(config.slots, chunk, config.page_size, config.context_length)
-        self._scheduler = Scheduler(limits, runner.capacities, self.pages, self.slots)
+        self._scheduler = Scheduler(limits, runner.capacities, self.pages, self.slots, self.prefixes)
         self._live: dict[str, _Live] = {}
         self._arrivals = 0
 
@@ -193,7 +211,7 @@ class Engine:
             return self._finish(live, FinishReason.stop, text, (sample,))
         if request.generated >= request.max_tokens:
             return self._finish(live, FinishReason.length, text, (sample,))
-        return Output(request.id, text, (sample.token,), None, (sample,))
+        return Output(request.id, text, (sample.token,), None, (sample,), cached=live.cached())
 
     def _finish(self, live: _Live, reason: FinishReason, text: str, samples: tuple[Sample, ...]) -> Output:
         text += live.detokenizer.finish()
@@ -202,7 +220,7 @@ class Engine:
         self._scheduler.finish(live.request, reason)
         del self._live[live.request.id]
         return Output(live.request.id, text, tuple(s.token for s in samples), reason, samples, live.timing(),
-                      live.detokenizer.matched)
+                      live.detokenizer.matched, live.cached())
 
 
 def check_tokens(tokens: Sequence[int], vocab_size: int) -> list[int]:

@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Protocol
 
 import numpy as np
 
 from qcn_compile.errors import CapacityError
 
 
+class Spare(Protocol):
+    """An owner that gives pages back when others need them."""
+
+    def reclaimable(self) -> int: ...
+
+    def reclaim_pages(self, count: int) -> None: ...
+
+
 class PageAllocator:
-    """Hands out page numbers 0..pages-1. A page may be held by several owners; it is free again when all let go."""
+    """Hands out page numbers 0..pages-1. A page may be held by several owners; it is free again when all let go.
+
+    Pages that only `spare` holds (the prefix cache) count as available: they are taken from it when free ones run out.
+    """
 
     def __init__(self, pages: int) -> None:
         self._free = list(range(pages - 1, -1, -1))
         self._references = np.zeros(pages, np.int32)
+        self.spare: Spare | None = None
 
     @property
     def total(self) -> int:
@@ -26,11 +39,24 @@ class PageAllocator:
         return len(self._free)
 
     @property
+    def available(self) -> int:
+        """Free pages, and those that can be had from the spare ones."""
+        return self.free + (0 if self.spare is None else self.spare.reclaimable())
+
+    @property
     def used(self) -> int:
-        return self.total - self.free
+        """Pages that sequences hold."""
+        return self.total - self.available
+
+    @property
+    def references(self) -> np.ndarray:
+        """i32 [pages], how many owners each has."""
+        return self._references
 
     def allocate(self, count: int) -> list[int]:
-        """`count` pages with one owner each. Raises CapacityError, taking none, when fewer are free."""
+        """`count` pages with one owner each. Raises CapacityError, taking none, when fewer are available."""
+        if count > self.free and self.spare is not None:
+            self.spare.reclaim_pages(count - self.free)
         if count > self.free:
             raise CapacityError(f"{count} KV pages wanted, {self.free} of {self.total} free; "
                                 "run fewer requests at once, or start with more KV memory")
@@ -95,6 +121,13 @@ class BlockTable:
         if count:
             self._table[self._count:self._count + count] = self._allocator.allocate(count)
             self._count += count
+
+    def adopt(self, pages: Sequence[int]) -> None:
+        """Begin with pages of others, becoming one more owner of them."""
+        assert self._count == 0
+        self._allocator.share(pages)
+        self._table[:len(pages)] = pages
+        self._count = len(pages)
 
     def release(self) -> None:
         """Give every page back."""

@@ -9,6 +9,7 @@ from enum import StrEnum
 
 from qcn_compile.errors import UsageError
 from qcn_compile.runtime.kv_cache import BlockTable
+from qcn_compile.runtime.prefix.policy import Cuts
 
 MAX_LOGPROBS = 20
 
@@ -91,7 +92,11 @@ def _check_number(name: str, value: object, low: float, high: float) -> None:
 
 @dataclass
 class Request:
-    """One sequence on its way: tokens = prompt then output; `computed` of them are in the caches."""
+    """One sequence on its way: tokens = prompt then output; `computed` of them are in the caches.
+
+    cached: prompt tokens that the prefix cache had when it first ran, None before. kept: boundary of its last snapshot.
+    cuts: where its chunks end for snapshots.
+    """
 
     id: str
     prompt: list[int]
@@ -100,6 +105,9 @@ class Request:
     arrival: int
     tokens: list[int] = field(init=False)
     computed: int = 0
+    cached: int | None = None
+    kept: int = 0
+    cuts: Cuts = field(default_factory=Cuts)
     table: BlockTable | None = None
     slot: int | None = None
     last_served: int = -1

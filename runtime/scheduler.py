@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from bisect import insort
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from qcn_compile.errors import CapacityError
 from qcn_compile.runtime.batch import Capacity
 from qcn_compile.runtime.kv_cache import BlockTable, PageAllocator
+from qcn_compile.runtime.prefix.cache import PrefixCache
 from qcn_compile.runtime.request import FinishReason, Request
 from qcn_compile.runtime.state_slots import SlotAllocator
 
@@ -37,14 +39,15 @@ class Scheduler:
 
     Decoding requests go first, those served longest ago before others. A prompt in progress leaves up to half of the
     step's prompt tokens to those behind it, so that a short prompt need not wait for a long one. When KV pages run out,
-    the request that came last is preempted: it gives everything back and is computed again later, output included.
+    the request that came last is preempted: it gives everything back and is computed again later, output included,
+    but for what the prefix cache kept.
     """
 
     def __init__(self, limits: SchedulerLimits, capacities: Sequence[Capacity], pages: PageAllocator,
-                 slots: SlotAllocator) -> None:
+                 slots: SlotAllocator, prefixes: PrefixCache | None = None) -> None:
         self.limits = limits
         self._capacities = tuple(capacities)
-        self._pages, self._slots = pages, slots
+        self._pages, self._slots, self._prefixes = pages, slots, prefixes
         widths = range(max(c.sequences for c in capacities) + 1)
         self._decode_width = max(n for n in widths if self.room(n) >= n)
         self._mixed_width = max(n for n in widths if self.room(n + 1) == self.room(1))
@@ -82,13 +85,15 @@ class Scheduler:
     def advance(self, chunk: Chunk) -> None:
         """Record that a chunk was computed."""
         chunk.request.computed += chunk.count
+        if self._prefixes is not None:
+            self._prefixes.advanced(chunk.request)
 
     def finish(self, request: Request, reason: FinishReason) -> None:
         """Take a request out and give its pages and slot back."""
         if request.slot is None:
             self.waiting.remove(request)
         else:
-            self._leave(request)
+            self._leave(request, store=True)
         request.finish_reason = reason
 
     def check_integrity(self, others: Iterable[tuple[int, Sequence[int]]] = ()) -> None:
@@ -102,7 +107,16 @@ class Scheduler:
             raise AssertionError("a waiting request holds pages, a slot or computed tokens")
         if any(r.table is not None and r.table.missing(r.computed) for r in self.running):
             raise AssertionError("a running request has computed tokens without pages")
-        self._pages.check_integrity([*tables, *(pages for _, pages in others)])
+        written = [page for r in self.running if r.table is not None
+                   for page in r.table.pages[r.computed // self.limits.page_size:].tolist()]
+        held = Counter(page for table in tables for page in table)
+        if any(held[page] > 1 for page in written):
+            raise AssertionError("a page that a running request writes is another's, too")
+        kept = []
+        if self._prefixes is not None:
+            self._prefixes.check_integrity()
+            kept = self._prefixes.page_lists()
+        self._pages.check_integrity([*tables, *kept, *(pages for _, pages in others)])
         self._slots.check_integrity([*slots, *(slot for slot, _ in others)])
 
     def _prompts(self) -> list[Request]:
@@ -132,7 +146,7 @@ class Scheduler:
     def _make_room(self, request: Request) -> None:
         """Pages for the request's next token, preempting later arrivals, and at last itself."""
         assert request.table is not None
-        while request.table.missing(len(request.tokens)) > self._pages.free:
+        while request.table.missing(len(request.tokens)) > self._pages.available:
             victim = max(self.running, key=lambda r: r.arrival)
             self._preempt(victim)
             if victim is request:
@@ -145,8 +159,10 @@ class Scheduler:
         request.preemptions += 1
         insort(self.waiting, request, key=lambda r: r.arrival)
 
-    def _leave(self, request: Request) -> None:
+    def _leave(self, request: Request, store: bool = False) -> None:
         assert request.table is not None and request.slot is not None
+        if self._prefixes is not None:
+            self._prefixes.keep(request, store)
         request.table.release()
         self._slots.release(request.slot)
         request.table = request.slot = None
@@ -163,20 +179,35 @@ class Scheduler:
             if budget <= 0 or not (request.slot is not None or self._admit(request)):
                 return
             count = min(request.remaining, max(budget - behind, -(-budget // 2)))
+            if self._prefixes is not None:
+                count = self._prefixes.cut(request, count)
             chunks.append(Chunk(request, count, count == request.remaining))
             left -= count
 
     def _fits(self, request: Request) -> bool:
         """Whether there are pages for all its tokens, and a spare one for each running request."""
-        return -(-len(request.tokens) // self.limits.page_size) + len(self.running) <= self._pages.free
+        need = -(-len(request.tokens) // self.limits.page_size) + len(self.running)
+        if need <= self._pages.free:
+            return True
+        shared = 0 if self._prefixes is None else self._prefixes.busy_pages(request.tokens)
+        return need - shared <= self._pages.available
 
     def _admit(self, request: Request) -> bool:
         """Start a waiting request, unless decoding ones took its pages meanwhile."""
         if not self._fits(request):
             return False
         request.table = BlockTable(self._pages, self.limits.page_size, self.limits.context_length)
-        request.table.grow(len(request.tokens))
         request.slot = self._slots.acquire()
+        try:
+            if self._prefixes is not None:
+                self._prefixes.resume(request)
+            request.table.grow(len(request.tokens))
+        except CapacityError:  # the pages it was to share with others could not be
+            request.table.release()
+            self._slots.release(request.slot)
+            request.table = request.slot = None
+            request.computed = 0
+            return False
         self.waiting.remove(request)
         self.running.append(request)
         return True
