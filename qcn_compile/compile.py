@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -17,19 +17,19 @@ from qcn_compile.artifact import SCHEMA, CacheSpec, Manifest, building, seal, wr
 from qcn_compile.errors import ModelError, UsageError
 from qcn_compile.frontend import Traced, trace_model
 from qcn_compile.frontend.checkpoint import Located, locate
-from qcn_compile.ir.graph import Graph, count
-from qcn_compile.ir.text import print_graph
+from qcn_compile.ir.graph import Graph
 from qcn_compile.ir.types import DType
 from qcn_compile.ir.verify import verify
 from qcn_compile.lowering.buckets import default_buckets
 from qcn_compile.lowering.decide import Decision, decide
 from qcn_compile.lowering.late import deferred
-from qcn_compile.lowering.memory import lower_bound
 from qcn_compile.lowering.plan import blobs_of, make_plan
 from qcn_compile.lowering.schedule import Schedule, schedule
 from qcn_compile.lowering.weights import BlobKey, name_blobs, packed, write_shards
 from qcn_compile.passes.base import PassContext
 from qcn_compile.pipeline import Pipeline, Tracing
+from qcn_compile.plugins import load_plugins
+from qcn_compile.report import write_report
 from qcn_compile.targets.base import Kernel, Target
 from qcn_compile.targets.registry import load_target
 
@@ -40,7 +40,7 @@ Report = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Options:
-    """What a build may be told. None or "auto" leaves the choice to the compiler."""
+    """What a build may be told. None or "auto" leaves the choice to the compiler. `plugins` are Python files."""
 
     dtype: str | None = None
     quant: str = "auto"
@@ -53,6 +53,7 @@ class Options:
     disabled: tuple[str, ...] = ()
     tracing: Tracing = field(default_factory=Tracing)
     pipeline: Pipeline | None = None
+    plugins: tuple[str | Path, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,8 @@ def compile(model: str | Path | None = None, target: str = "cpu", output: str | 
     Raises a QcnError whose message names the thing, the place and the cure; nothing half-written is left.
     """
     options = options or Options(**changes)
+    options = replace(options, tracing=replace(options.tracing, stages={}))
+    plugins = load_plugins(options.plugins)
     clock, tell = Clock(), report or (lambda stage, done, total: None)
     chosen, located, traced, decision = _front(model, target, options, clock, tell)
     mode = _weights_mode(options, chosen, traced, located)
@@ -98,8 +101,9 @@ def compile(model: str | Path | None = None, target: str = "cpu", output: str | 
         schedules = [schedule(graph, bucket, chosen) for graph in graphs for bucket in default_buckets()]
     with building(Path(output), options.force) as scratch:
         manifest = _write(scratch, traced, chosen, decision, schedules, mode, clock, tell)
-        _write_report(scratch, graphs, context, decision, schedules, options.tracing)
-        manifest = seal(scratch, manifest)
+        write_report(scratch, graphs, context, decision, schedules, options.tracing)
+        used = {f"plugin {plugin.name}": plugin.sha256 for plugin in plugins}
+        manifest = seal(scratch, replace(manifest, tools={**manifest.tools, **used}))
     note = located.note + (f"; built without weights (--weights {mode})" if traced.weights is None else "")
     return Built(Path(output), manifest, decision, clock.seconds, note)
 
@@ -108,6 +112,16 @@ def optimised(model: str | Path | None, target: str, options: Options) -> Graph:
     """The main graph after the pipeline (or up to `options.tracing.stop_after`); nothing is built."""
     _, _, traced, decision = _front(model, target, options, Clock(), lambda stage, done, total: None)
     return _optimise(traced.main, decision, PassContext(target=target), options)
+
+
+def trace(model: str | Path | Any | None = None, dtype: str = "f32") -> Graph:
+    """The main graph of a model as traced, before any pass, computed in `dtype` (f32 or bf16).
+
+    `model`: a checkpoint directory, a Hugging Face name, None (the bundled model), or a transformers config or model.
+    """
+    if model is None or isinstance(model, str | Path):
+        return trace_model(locate(None if model is None else str(model), "cpu"), DType(dtype)).main
+    return trace_model(getattr(model, "config", model), DType(dtype)).main
 
 
 def _front(model: str | Path | None, target: str, options: Options, clock: Clock,
@@ -144,7 +158,12 @@ def _entries(traced: Traced, mtp: bool) -> list[Graph]:
 
 
 def _optimise(graph: Graph, decision: Decision, context: PassContext, options: Options) -> Graph:
-    pipeline = options.pipeline or Pipeline.default(decision.base, decision.format, decision.activations)
+    if options.pipeline is not None:
+        pipeline = Pipeline(list(options.pipeline.passes))
+    else:
+        pipeline = Pipeline.default(decision.base, decision.format, decision.activations)
+    for plugin in load_plugins(options.plugins):
+        plugin.configure(pipeline)
     for name in options.disabled:
         pipeline.remove(name)
     result = pipeline.run(graph, context, options.tracing)
@@ -221,31 +240,6 @@ def _copy_tokenizer(traced: Traced, folder: Path) -> None:
             shutil.copyfile(source, folder / name)
         elif name == "tokenizer.json":
             raise ModelError(f"{traced.path} has no tokenizer.json; save the tokenizer beside the weights")
-
-
-def _write_report(build: Path, graphs: Sequence[Graph], context: PassContext, decision: Decision,
-                  schedules: Sequence[Schedule], tracing: Tracing) -> None:
-    """report.json (what was decided and why; no times, so that builds are reproducible) and the final IR."""
-    (build / "ir").mkdir(exist_ok=True)
-    for graph in graphs:
-        (build / "ir" / f"{graph.name}.qir").write_text(print_graph(graph), encoding="utf-8")
-    memory = {}
-    for item in schedules:
-        plan, buffers = make_plan(item, _Any())
-        memory[f"{plan.entry}-{plan.name}"] = {"workspace_bytes": plan.workspace_bytes,
-                                               "lower_bound_bytes": lower_bound(buffers),
-                                               "launches": len(plan.launches), "buffers": len(buffers)}
-    events = [{"pass": name, **asdict(event)} for name, event in context.log]
-    write_json(build / "report.json", {"decision": decision.to_json(), "memory": memory, "events": events,
-                                       "ops": {g.name: count(g.ops) for g in graphs},
-                                       "passes": [[n, a, b] for n, _, a, b in tracing.times]})
-
-
-class _Any(dict):  # type: ignore[type-arg]
-    """A name table for plans that are only measured."""
-
-    def __missing__(self, key: object) -> str:
-        return "weight"
 
 
 def progress_bars(stream: Any = None) -> Report:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from qcn_compile.errors import IRError, PassError, QcnError, UsageError
 from qcn_compile.ir.graph import Graph
-from qcn_compile.ir.text import parse_graph, print_graph
+from qcn_compile.ir.text import format_op, parse_graph, print_graph
 from qcn_compile.ir.verify import verify
 from qcn_compile.passes.base import REGISTRY, Pass, PassContext
 from qcn_compile.passes.canonicalize import Canonicalize
@@ -22,6 +22,7 @@ from qcn_compile.passes.fuse_norm import FuseNorm
 from qcn_compile.passes.merge_linears import MergeLinears
 from qcn_compile.passes.select_quantization import SelectQuantization
 from qcn_compile.passes.select_rows import SelectRows
+from qcn_compile.plugins import home, op_at
 
 
 def default_passes(base: str = "f32", quant: str = "none", activations: str = "f32") -> list[Pass]:
@@ -48,13 +49,14 @@ def default_passes(base: str = "f32", quant: str = "none", activations: str = "f
 
 @dataclass
 class Tracing:
-    """What to show while passes run."""
+    """What to show while passes run. `stages`, when a dict, collects the text of the graph where a pass changed it."""
 
     verify: bool = False
     print_after: tuple[str, ...] = ()
     dump_dir: Path | None = None
     stop_after: str = ""
     times: list[tuple[str, float, int, int]] = field(default_factory=list)
+    stages: dict[str, str] | None = None
 
 
 @dataclass
@@ -109,6 +111,8 @@ class Pipeline:
         tracing = tracing or Tracing()
         self.check_order()
         graph = graph.clone()
+        if tracing.stages is not None:
+            tracing.stages[stage_name(graph, 0, "traced")] = print_graph(graph)
         for index, item in enumerate(self.passes):
             graph = _run_one(item, index, graph, context, tracing)
             if item.name == tracing.stop_after:
@@ -123,29 +127,49 @@ def _run_one(item: Pass, index: int, graph: Graph, context: PassContext, tracing
         graph = item.run(graph, context)
         if tracing.verify:
             verify(graph)
-    except (QcnError, KeyError, AssertionError, TypeError, ValueError, AttributeError, IndexError) as error:
+    except Exception as error:
         raise _with_repro(item, index, saved, tracing, error) from error
     tracing.times.append((item.name, time.perf_counter() - started, before, len(graph.ops)))
     if tracing.dump_dir:
         tracing.dump_dir.mkdir(parents=True, exist_ok=True)
         name = f"{graph.name}-{index + 1:02d}-{item.name}.qir"
         (tracing.dump_dir / name).write_text(print_graph(graph), encoding="utf-8")
+    if tracing.stages is not None:
+        _keep_stage(tracing.stages, stage_name(graph, index + 1, item.name), print_graph(graph))
     if item.name in tracing.print_after or "all" in tracing.print_after:
         print(f"// after {item.name}\n{print_graph(graph)}", flush=True)
     return graph
 
 
+def stage_name(graph: Graph, index: int, name: str) -> str:
+    """File name of a stage, without its ending: NN-pass, and the graph's name in front of all but main."""
+    return f"{'' if graph.name == 'main' else graph.name + '-'}{index:02d}-{name}"
+
+
+def _keep_stage(stages: dict[str, str], name: str, text: str) -> None:
+    if text != next(reversed(stages.values())):
+        stages[name] = text
+
+
+def _failure(item: Pass, error: Exception) -> str:
+    """What failed: the pass, the plugin it is from, the error, and the op it was looking at."""
+    plugin, at = home(type(item)), op_at(error)
+    text = f"pass {item.name}{f' of plugin {plugin}' if plugin else ''} failed: {type(error).__name__}: {error}"
+    known = at is None or (isinstance(error, QcnError) and format_op(at) in str(error))
+    return text if known or at is None else f"{text}\n  at {format_op(at)}"
+
+
 def _with_repro(item: Pass, index: int, saved: str, tracing: Tracing, error: Exception) -> PassError:
     """A failing pass leaves its input and the command that repeats the failure."""
     if not saved:
-        return PassError(f"pass {item.name} failed: {type(error).__name__}: {error}\n"
-                         "  run again with --verify or --dump-dir DIR to keep its input")
+        return PassError(f"{_failure(item, error)}\n  run again with --verify or --dump-dir DIR to keep its input")
     folder = tracing.dump_dir or Path.cwd()
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"failed-{index + 1:02d}-{item.name}.qir"
     path.write_text(saved, encoding="utf-8")
-    return PassError(f"pass {item.name} failed: {type(error).__name__}: {error}\n  its input is {path}\n"
-                     f"  repeat with: python -m qcn_compile.opt {path} -p {item.name}")
+    plugin = home(type(item))
+    return PassError(f"{_failure(item, error)}\n  its input is {path}\n  repeat with: python -m qcn_compile.opt {path} "
+                     f"-p {item.name}{f' --plugin {plugin}' if plugin.endswith('.py') else ''}")
 
 
 def passes_by_name(names: Iterable[str]) -> Iterator[Pass]:

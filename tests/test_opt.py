@@ -1,0 +1,122 @@
+"""qcn-opt: interpreting, reducing, plugins, and the round trip of every stage of a build."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from qcn_compile import opt
+from qcn_compile.ir.graph import Graph
+from qcn_compile.ir.text import parse_graph, print_graph
+from qcn_compile.passes.base import REGISTRY
+from qcn_compile.pipeline import Pipeline, Tracing
+
+PLUGIN = '''
+from dataclasses import dataclass
+from typing import ClassVar
+import qcn_compile as qcn
+
+@qcn.register_pass
+@dataclass(frozen=True)
+class NoExp(qcn.Pass):
+    name: ClassVar[str] = "no-exp"
+
+    def run(self, graph, context):
+        for op in graph.ops:
+            if op.name == "exp":
+                raise ZeroDivisionError("exp is too much for me")
+        return graph
+
+@qcn.register_pass
+@dataclass(frozen=True)
+class Wrong(qcn.RulePass):
+    name: ClassVar[str] = "wrong"
+    rules: ClassVar = [qcn.Rule("wrong", "silu(x) => sigmoid(x)")]
+'''
+TEXT = """graph @main(%x: f32[T,4], %y: f32[T,4]) {
+  %1 : f32[T,4] = silu(%x)
+  %2 : f32[T,4] = mul(%1, %y)
+  %3 : f32[T,4] = exp(%2)
+  %4 : f32[T,4] = neg(%3)
+  %5 : f32[T,4] = add(%4, %1)
+  return %5, %2
+}
+"""
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> tuple[str, str]:
+    (tmp_path / "in.qir").write_text(TEXT)
+    (tmp_path / "mine.py").write_text(PLUGIN)
+    yield str(tmp_path / "in.qir"), str(tmp_path / "mine.py")
+    REGISTRY.pop("no-exp", None)
+    REGISTRY.pop("wrong", None)
+
+
+def test_a_failure_names_plugin_pass_and_op(files: tuple[str, str], capsys: pytest.CaptureFixture[str],
+                                            tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert opt.main([files[0], "-p", "no-exp", "--plugin", files[1]]) == 5
+    error = capsys.readouterr().err
+    assert "pass no-exp of plugin" in error
+    assert "mine.py failed: ZeroDivisionError: exp is too much for me" in error
+    assert "%3 : f32[T,4] = exp(%2)" in error
+    assert f"-p no-exp --plugin {files[1]}" in error
+
+
+def test_reduce_keeps_the_failing_op(files: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert opt.main([files[0], "-p", "no-exp", "--plugin", files[1], "--reduce"]) == 0
+    out = capsys.readouterr().out
+    assert "// reduced from 5 to 1 ops; still: ZeroDivisionError: exp is too much for me" in out
+    assert [op.name for op in parse_graph(out).ops] == ["exp"]
+    assert opt.main([files[0], "-p", "canonicalize", "--reduce"]) == 2
+    assert "nothing to reduce: the passes canonicalize work" in capsys.readouterr().err
+
+
+def test_reduce_finds_wrong_numbers(files: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert opt.main([files[0], "-p", "wrong", "--plugin", files[1], "--reduce", "--interpret"]) == 0
+    out = capsys.readouterr().out
+    assert "still: the numbers differ" in out
+    assert [op.name for op in parse_graph(out).ops] == ["silu"]
+
+
+def test_interpret(files: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert opt.main([files[0], "-p", "canonicalize,fuse-epilogue", "--interpret"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2
+    assert "f32[T,4] [8, 4]: norm" in lines[0]
+    assert all(float(line.rpartition(" ")[2]) < 1e-6 for line in lines)
+    assert opt.main([files[0], "-p", "wrong", "--plugin", files[1], "--interpret"]) == 0
+    assert float(capsys.readouterr().out.splitlines()[0].rpartition(" ")[2]) > 0.1
+
+
+def test_reduced_graph_of_a_whole_model_is_small(files: tuple[str, str]) -> None:
+    """A failure deep inside the model: found without running every op away one by one."""
+    from qcn_compile import trace
+
+    calls = 0
+
+    def fails(graph: Graph) -> str | None:
+        nonlocal calls
+        calls += 1
+        return "router" if any(op.name == "topk" and ".5." in op.loc.module for op in graph.ops) else None
+
+    small = opt.reduce_graph(trace(), fails)
+    assert [op.name for op in small.ops] == ["topk"]
+    assert calls < 60
+
+
+@pytest.mark.parametrize("which", ["bundled", "qwen3-coder-next"])
+def test_every_stage_round_trips(which: str) -> None:
+    from qcn_compile import trace
+    from qcn_compile.frontend.checkpoint import _ASSETS, load_config
+
+    graph = trace() if which == "bundled" else trace(load_config(_ASSETS / which)[0], "bf16")
+    stages: dict[str, str] = {}
+    from qcn_compile.passes.base import PassContext
+
+    Pipeline.default("bf16", "int4").run(graph, PassContext(), Tracing(stages=stages))
+    assert len(stages) >= 12
+    for name, text in stages.items():
+        assert print_graph(parse_graph(text)) == text, name
