@@ -49,7 +49,7 @@ class CpuTarget:
         return pack(layout, encoding, weight)
 
     def cache_unit(self, state: StateType, page_size: int) -> tuple[tuple[int, ...], int]:
-        """kv: ([heads, dim, page], bytes of keys and values); conv: [W-1, C]; delta: [Hv, Dv/c, Dk, c], c columns together."""
+        """kv: [heads, dim, page], bytes of keys and values; conv: [W-1, C]; delta: [Hv, Dv/c, Dk, c] in f32."""
         if state.kind is StateKind.kv:
             if page_size != self.page_size:
                 raise LoweringError(f"page size {page_size}: this target was made for {self.page_size}; "

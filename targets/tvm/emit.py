@@ -24,44 +24,38 @@ Progress = Callable[[int, int], None]
 
 def emit(kernels: Sequence[Kernel], folder: Path, chip: Hardware, progress: Progress | None = None) -> list[str]:
     """Write both libraries, host.c and source/<kernel>.py under `folder`; returns [host library, kernel library]."""
-    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "source").mkdir(parents=True, exist_ok=True)
     build_host(folder)
-    functions = sources(kernels, chip, progress)
-    write_sources(functions, folder / "source")
+    ordered = sorted(set(kernels), key=lambda kernel: kernel.symbol)
     with tempfile.TemporaryDirectory() as scratch:
-        compile_object(functions, chip).write_to_file(str(Path(scratch) / "kernels.o"))
         shutil.copyfile(HERE / "glue.c", Path(scratch) / "glue.c")
-        run_compiler(["-O2", *LINK, "-o", str((folder / KERNELS).resolve()), "kernels.o", "glue.c", "-lm"], scratch)
+        objects = []
+        for done, kernel in enumerate(ordered, 1):
+            function = kernel_function(kernel, chip)
+            (folder / "source" / f"{kernel.symbol}.py").write_text(function.script() + "\n", encoding="utf-8")
+            objects.append(f"{done}.o")
+            compiled([function], chip).write_to_file(str(Path(scratch) / objects[-1]))
+            if progress is not None:
+                progress(done, len(ordered))
+        output = str((folder / KERNELS).resolve())
+        run_compiler(["-O2", *LINK, "-o", output, *objects, "glue.c", "-lm"], scratch)
     return [HOST, KERNELS]
 
 
-def sources(kernels: Sequence[Kernel], chip: Hardware, progress: Progress | None = None) -> dict[str, Any]:
-    """PrimFuncs by symbol, in a fixed order."""
+def kernel_function(kernel: Kernel, chip: Hardware) -> Any:
+    """The PrimFunc of a kernel for a processor."""
     from qcn_compile.targets.tvm.kernels import source
     from qcn_compile.targets.tvm.kernels.core import Machine
 
-    machine = Machine.of(chip.features)
-    ordered = sorted(set(kernels), key=lambda kernel: kernel.symbol)
-    functions = {}
-    for done, kernel in enumerate(ordered, 1):
-        functions[kernel.symbol] = source(kernel, machine)
-        if progress is not None:
-            progress(done, len(ordered))
-    return functions
+    return source(kernel, Machine.of(chip.features))
 
 
-def write_sources(functions: dict[str, Any], folder: Path) -> None:
-    """TVMScript of every kernel, to be read."""
-    folder.mkdir(exist_ok=True)
-    for symbol, function in functions.items():
-        (folder / f"{symbol}.py").write_text(function.script() + "\n", encoding="utf-8")
-
-
-def compile_object(functions: dict[str, Any], chip: Hardware) -> Any:
-    """The LLVM module of all kernels."""
+def compiled(functions: Sequence[Any], chip: Hardware) -> Any:
+    """The LLVM module of PrimFuncs: ask it for an object file, or for `inspect_source("asm")`."""
     import tvm
 
-    return tvm.compile(tvm.IRModule(functions), llvm_target(llvm_name(chip))).mod
+    module = tvm.IRModule({str(function.attrs["global_symbol"]): function for function in functions})
+    return tvm.compile(module, llvm_target(llvm_name(chip))).mod
 
 
 def build_host(folder: Path) -> None:

@@ -9,23 +9,22 @@ from __future__ import annotations
 import argparse
 import ctypes
 import mmap
-import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from harness import Any16, Host, Launch, Program
-
+from harness import Host, Program
 from tvm.tirx.script.builder import ir as T
 
-from qcn_compile.ir.types import DType, StateKind, StateRef, StateType
+from qcn_compile.ir.types import DType, StateKind, StateType
 from qcn_compile.targets.base import Bucket, Call, Encoding, Kernel
 from qcn_compile.targets.cpu import CpuTarget
 from qcn_compile.targets.encoding import padded
 from qcn_compile.targets.tvm.kernels import FAMILIES
-from qcn_compile.targets.tvm.kernels.core import Function, Machine, let, local, loop, parallel, prefetch, f32
+from qcn_compile.targets.tvm.kernels.core import Function, Machine, f32, let, local, loop, parallel, prefetch
 
 FORMATS = {"f32": Encoding("f32"), "bf16": Encoding("bf16"), "int8": Encoding("int8", 32, "int8"),
            "int4": Encoding("int4", 32, "int8"), "int8f": Encoding("int8"), "int4f": Encoding("int4")}
@@ -123,9 +122,10 @@ def delta(target: CpuTarget, tokens: int) -> Case:
     p = Program("bench", Bucket("b", tokens, 1, tokens))
     kh, vh, kd, vd = 16, 32, 128, 128
     channels = 2 * kh * kd + vh * vd
-    p.op("delta_net", [p.input("qkv", f"f32[T,{channels}]"), p.input("z", f"f32[T,{vh * vd}]"), p.input("b", f"f32[T,{vh}]"),
-                       p.input("a", f"f32[T,{vh}]"), p.weight("conv_w", (channels, 4)), p.weight("decay", (vh,)),
-                       p.weight("dt", (vh,)), p.weight("n", (vd,)), p.batch], key_heads=kh, value_heads=vh, key_dim=kd,
+    p.op("delta_net", [p.input("qkv", f"f32[T,{channels}]"), p.input("z", f"f32[T,{vh * vd}]"),
+                       p.input("b", f"f32[T,{vh}]"), p.input("a", f"f32[T,{vh}]"),
+                       p.weight("conv_w", (channels, 4)), p.weight("decay", (vh,)), p.weight("dt", (vh,)),
+                       p.weight("n", (vd,)), p.batch], key_heads=kh, value_heads=vh, key_dim=kd,
          value_dim=vd, eps=1e-6, conv=p.state("conv", StateType(StateKind.conv, DType.f32, (channels, 3))),
          delta=p.state("delta", StateType(StateKind.delta, DType.f32, (vh, kd, vd))))
     return Case("delta_net 16/32x128", [c for _, c in p.lower(target)], tokens,
@@ -220,7 +220,7 @@ class Bench:
             return self.array(ids.astype(np.int32))
         if ref.kind == "operand":
             return fixed["f32"]
-        size = ref.bytes if ref.kind == "scratch" else 4 * max(32 * 128 * 128 * 2, 16384 * case.tokens, self.pages * 16384 * 2, 160000 * case.tokens)
+        size = ref.bytes if ref.kind == "scratch" else 4 * max(1 << 20, self.pages * 32768, 160000 * case.tokens)
         name = str(key)
         if name not in fixed:
             fixed[name] = self.array(np.zeros(size // 4 + 64, np.float32))
@@ -245,6 +245,28 @@ class Bench:
         return 100_000 * 12 * 2 * self.lanes / seconds.min() / 1e9
 
 
+def overhead(target: CpuTarget, threads: Sequence[int]) -> None:
+    """Time of one launch that does next to nothing, without and with a parallel region."""
+    kernels = {name: Kernel.make("unary", op="neg", rows="T", times=1, width=16, stride=0, threads=parallel_)
+               for name, parallel_ in (("serial", False), ("parallel", True))}
+    host, library = target.emit(list(kernels.values()), folder := Path(tempfile.mkdtemp()))
+    machine = Host(folder / host)
+    handle = machine.load(folder / library)
+    x, counts = np.zeros(4096, np.float32), np.array([8, 1, 1, 1], np.int32)
+    for n in threads:
+        machine.start(n)
+        for name, kernel in kernels.items():
+            launch = (kernel.symbol, [x.ctypes.data, x.ctypes.data + 8192, counts.ctypes.data])
+            rows = machine.table(handle, [launch] * 500)
+            times = []
+            for _ in range(50):
+                start = time.perf_counter()
+                machine.c.qcn_host_run(ctypes.byref(rows), len(rows), None)
+                times.append((time.perf_counter() - start) / len(rows))
+            print(f"{n}T {name:9s} launch: best {min(times) * 1e6:.3f} us, median {np.median(times) * 1e6:.3f} us")
+    machine.c.qcn_host_shutdown()
+
+
 def report(bench: Bench, cases: Sequence[Case], threads: int, repeat: int, detail: bool) -> None:
     for case in cases:
         roof = bench.bandwidth(threads)
@@ -254,7 +276,8 @@ def report(bench: Bench, cases: Sequence[Case], threads: int, repeat: int, detai
         best, mid = total.min(), float(np.median(total))
         line = f"{threads}T {case.name:42s} T={case.tokens:<4d} best {best * 1e6:9.1f} us, median {mid * 1e6:9.1f}"
         line += f" | {case.read / best / 1e9:5.1f} GB/s ({case.read / mid / 1e9:5.1f}), read {roof:5.1f}"
-        line += f" = {100 * case.read / best / 1e9 / roof:3.0f} % | {case.flops / best / 1e9:6.1f} GFLOP/s, fma {peak:5.1f}"
+        line += f" = {100 * case.read / best / 1e9 / roof:3.0f} % | {case.flops / best / 1e9:6.1f} GFLOP/s"
+        line += f", fma {peak:5.1f}"
         print(line, flush=True)
         if detail and len(case.calls) > 1:
             for call, seconds in zip(case.calls, np.median(parts, 0), strict=True):
@@ -271,9 +294,13 @@ def main() -> None:
     options.add_argument("--repeat", type=int, default=12)
     options.add_argument("--mcpu", default=None)
     options.add_argument("--experts", type=int, default=65)
+    options.add_argument("--overhead", action="store_true")
     options.add_argument("--detail", action="store_true")
     o = options.parse_args()
     target = CpuTarget(o.mcpu)
+    if o.overhead:
+        overhead(target, [int(n) for n in o.threads.split(",")])
+        return
     cases = []
     for tokens in map(int, o.tokens.split(",")):
         for form in o.formats.split(","):
@@ -289,4 +316,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -137,12 +137,27 @@ class Lab:
     def run(self, program: Program, ragged: Ragged, threads: int = 1, seed: int = 0) -> Outcome:
         """Fresh inputs, kernels and references."""
         trial = Trial(program, ragged, self.target, np.random.default_rng(seed))
-        self.host.start(threads)
-        table = [(call.kernel.symbol, [trial.address(op, ref) for ref in call.args])
-                 for op, call in self.launches[program]]
-        self.host.run(self.library, table)
+        self.launch(trial, threads)
         trial.check_guards()
         return trial.outcome()
+
+    def launch(self, trial: Trial, threads: int = 1) -> np.ndarray:
+        """Run the kernels of a trial's program; returns its last result."""
+        self.host.start(threads)
+        self.host.run(self.library, [(call.kernel.symbol, [trial.address(op, ref) for ref in call.args])
+                                     for op, call in self.launches[trial.program]])
+        return trial.result()
+
+    def pieces(self, whole: Trial, steps: Sequence[tuple[Program, int]]) -> np.ndarray:
+        """The one sequence of `whole` again, in steps of (program, tokens) that hand their caches on; last results."""
+        results, at, before = [], 0, whole
+        for program, tokens in steps:
+            trial = Trial(program, Ragged((tokens,), (at,)), self.target, np.random.default_rng(0))
+            trial.take(whole, at)
+            trial.take_states(before, fresh=at == 0)
+            results.append(self.launch(trial))
+            at, before = at + tokens, trial
+        return np.concatenate(results)
 
     def check(self, program: Program, ragged: Ragged, threads: int = 1, tolerance: float = 2e-5, seed: int = 0,
               last: int | None = None) -> None:
@@ -242,7 +257,7 @@ class Trial:
                            [[int(p) for p in row] for row in self.arrays["block_table"]], self.caches)
 
     def _native(self, state: StateType, part: str, data: np.ndarray) -> np.ndarray:
-        """Reference layout to the kernels': kv [pages, page, heads, dim], conv [slots, C, W-1], delta [slots, Hv, Dk, Dv]."""
+        """The reference's layout (kv [pages, page, heads, dim], conv [slots, C, W-1], delta [slots, Hv, Dk, Dv]) to ours."""
         if state.kind is StateKind.conv:
             data = data.swapaxes(1, 2)
         elif state.kind is StateKind.delta:
@@ -297,6 +312,35 @@ class Trial:
 
     def _at(self, key: Any) -> int:
         return int(self.buffers[key][1].ctypes.data)
+
+    def take(self, source: Trial, first: int) -> None:
+        """Weights of `source`, and its rows from `first` on, for as many tokens as this trial has."""
+        for mine, theirs in zip(self.program.values, source.program.values, strict=True):
+            kind = self.program.values[mine]
+            if kind[0] == "weight":
+                self.plain[mine] = source.plain[theirs]
+                continue
+            rows = source.plain[theirs][first:first + len(self.plain[mine])]
+            strides = (kind[1] or _width(mine.tensor)) * 4, 4
+            flat = np.lib.stride_tricks.as_strided(self.buffers[mine][1].view(rows.dtype).reshape(-1),
+                                                   (len(rows), rows[0].size), strides)
+            flat[...] = rows.reshape(len(rows), -1)
+            self.plain[mine] = rows
+
+    def take_states(self, source: Trial, fresh: bool) -> None:
+        """Slots, pages and, unless fresh, caches of an earlier trial of the same sequence."""
+        for name in ("slots", "block_table"):
+            self.buffers["input", name] = source.buffers["input", name]
+            self.arrays[name] = source.arrays[name]
+        self.arrays["counts"][3] = self.arrays["block_table"].shape[1]
+        for name, state in self.program.states.items():
+            for part in ("k", "v") if state.kind is StateKind.kv else ("",):
+                data = source.buffers["state", name, part][1]
+                self._place(("state", name, part), np.full_like(data, np.nan) if fresh else data)
+
+    def result(self) -> np.ndarray:
+        """The last result of the program."""
+        return self.buffers[self.program.ops[-1].results[0]][1].copy()
 
     def check_guards(self) -> None:
         for key, (_, _, guard) in self.buffers.items():

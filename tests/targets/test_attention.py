@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from harness import DECODE, PREFILL, Lab, Program, Ragged
+from harness import DECODE, PREFILL, Lab, Program, Ragged, Trial
 
 from qcn_compile.ir.types import DType, StateKind, StateType
 from qcn_compile.targets.base import Bucket
@@ -59,3 +59,10 @@ def test_attention(lab: Lab, program: Program, ragged: Ragged) -> None:
 def test_threads_do_not_change_a_bit(lab: Lab) -> None:
     one, two = (lab.run(PROGRAMS[0], BATCHES[5], threads, seed=2).got[-1] for threads in (1, 2))
     assert np.array_equal(one, two)
+
+
+def test_steps_and_chunks_give_the_same_bits_as_the_whole(lab: Lab) -> None:
+    prefill, decode = PROGRAMS[0], PROGRAMS[1]
+    whole = Trial(prefill, Ragged((50,)), lab.target, np.random.default_rng(3))
+    result = lab.launch(whole, 2)
+    assert np.array_equal(lab.pieces(whole, [(prefill, 17), (prefill, 30), (decode, 1), (decode, 2)]), result)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from harness import DECODE, PREFILL, Lab, Program, Ragged
+from harness import DECODE, PREFILL, Lab, Program, Ragged, Trial
 
 from qcn_compile.ir.types import DType, StateKind, StateType
 from qcn_compile.targets.base import Bucket
@@ -50,3 +50,11 @@ def test_threads_do_not_change_a_bit(lab: Lab) -> None:
     assert np.array_equal(one.got[0], two.got[0])
     for (_, a, _), (_, b, _) in zip(one.states, two.states, strict=True):
         assert np.array_equal(a, b, equal_nan=True)
+
+
+def test_steps_and_chunks_give_the_same_bits_as_the_whole(lab: Lab) -> None:
+    whole = Trial(PROGRAMS[0], Ragged((22,)), lab.target, np.random.default_rng(3))
+    result = lab.launch(whole, 2)
+    prefill, decode = PROGRAMS[0], PROGRAMS[1]
+    steps = [(prefill, 7), (prefill, 11), (decode, 1), (decode, 1), (decode, 2)]
+    assert np.array_equal(lab.pieces(whole, steps), result)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from harness import DECODE, PREFILL, Lab, Program, Ragged, Trial, assert_close
 
 from qcn_compile.ir.optable import TABLE
 from qcn_compile.targets.base import Bucket, Encoding
+from qcn_compile.targets.cpu import CpuTarget
 from qcn_compile.targets.encoding import encode_activations
 
 ENCODINGS = [Encoding("f32"), Encoding("bf16"), Encoding("int8"), Encoding("int4"),
@@ -82,32 +85,20 @@ def test_rows_of_another_symbol(lab: Lab) -> None:
 @pytest.mark.parametrize("encoding", ENCODINGS, ids=lambda e: f"{e.format}x{e.activations}")
 def test_a_token_gets_the_same_bits_alone_and_in_a_batch(lab: Lab, encoding: Encoding) -> None:
     key = (encoding.format, encoding.activations, 40, 100)
-    many = Trial(PREFILLING[key], Ragged((13,)), lab.target, np.random.default_rng(5))
-    whole = run(lab, PREFILLING[key], many, 2)
-    for t in (0, 6, 12):
-        one = Trial(DECODING[key], Ragged((1,)), lab.target, np.random.default_rng(5))
-        share(many, one, slice(t, t + 1))
-        assert np.array_equal(run(lab, DECODING[key], one, 1)[0], whole[t])
+    many = Trial(PREFILLING[key], Ragged((17,)), lab.target, np.random.default_rng(5))
+    whole = lab.launch(many, 2)
+    assert np.array_equal(lab.pieces(many, [(DECODING[key], 1), (DECODING[key], 3), (PREFILLING[key], 13)]), whole)
 
 
-def run(lab: Lab, program: Program, trial: Trial, threads: int) -> np.ndarray:
-    """The only result of a program on given memory."""
-    lab.host.start(threads)
-    lab.host.run(lab.library, [(call.kernel.symbol, [trial.address(op, ref) for ref in call.args])
-                               for op, call in lab.launches[program]])
-    return trial.buffers[program.ops[-1].results[0]][1].copy()
-
-
-def share(source: Trial, target: Trial, rows: slice) -> None:
-    """Give `target` the weights of `source` and some of its rows of x."""
-    for mine, theirs in zip(target.program.values, source.program.values, strict=True):
-        if target.program.values[mine][0] == "weight":
-            target.plain[mine] = source.plain[theirs]
-        else:
-            stride = target.program.values[mine][1] or int(target.plain[mine].shape[1])
-            width = target.plain[mine].shape[1]
-            for i, row in enumerate(source.plain[theirs][rows]):
-                target.buffers[mine][1].reshape(-1)[i * stride:i * stride + width] = row
+@pytest.mark.parametrize("form", ["int8", "int4"])
+def test_avx2_and_vnni_give_the_same_bits(lab: Lab, tmp_path: Path, form: str) -> None:
+    if "vnni" not in lab.target.hardware.features:
+        pytest.skip("needs AVX-512 VNNI")
+    program = PREFILLING[form, "int8", 40, 100]
+    plain = Lab(tmp_path, [program], CpuTarget("x86-64-v3"))
+    one, two = (each.run(program, Ragged((13,)), seed=4).got[0] for each in (lab, plain))
+    plain.host.c.qcn_host_shutdown()
+    assert np.array_equal(one, two)
 
 
 @pytest.mark.parametrize("key", [k for k in PREFILLING if k[2:] == (40, 100)], ids=str)
@@ -123,4 +114,4 @@ def test_zero_rows_of_x_give_zero(lab: Lab) -> None:
     for value, kind in program.values.items():
         if kind[0] == "input":
             trial.buffers[value][1][...] = 0
-    assert_close(run(lab, program, trial, 1), np.zeros((3, 40), np.float32), 0.0, "zeros")
+    assert_close(lab.launch(trial), np.zeros((3, 40), np.float32), 0.0, "zeros")

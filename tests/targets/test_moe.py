@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from harness import DECODE, PREFILL, Lab, Program, Ragged
+from harness import DECODE, PREFILL, Lab, Program, Ragged, Trial
 from torch.nn import functional as F
 
 from qcn_compile.ir.graph import Value
@@ -101,3 +101,11 @@ def test_threads_do_not_change_a_bit(lab: Lab) -> None:
     for program in EXPERTS[6:12]:
         one, two = (lab.run(program, Ragged((13,)), threads, seed=2).got[-1] for threads in (1, 2))
         assert np.array_equal(one, two)
+
+
+@pytest.mark.parametrize("index", range(6))
+def test_a_token_gets_the_same_bits_alone_and_in_a_batch(lab: Lab, index: int) -> None:
+    prefill, decode = EXPERTS[6 + index], EXPERTS[12 + index]
+    whole = Trial(prefill, Ragged((31,)), lab.target, np.random.default_rng(3))
+    result = lab.launch(whole, 2)
+    assert np.array_equal(lab.pieces(whole, [(decode, 1), (decode, 7), (prefill, 23)]), result)

@@ -2,16 +2,28 @@
 
     acc[n] += scale_w[n, g] * (sum_k code_w[n, k] code_x[k] * scale_x[g])
 
-AVX2 and AVX-512 VNNI compute the same integers, so both give the same bits. Where an instruction wants unsigned codes, the
-weight is stored or made as code + zero, and `xz` = -zero * (sum of the codes of x in the group) takes the zero out again.
+AVX2 and AVX-512 VNNI compute the same integers, so both give the same bits. Where an instruction wants unsigned codes,
+the weight is stored or made as code + zero, and `xz` = -zero * (sum of the codes of x in the group) takes it out again.
 """
 
 from __future__ import annotations
 
 from tvm.tirx.script.builder import ir as T
 
-from qcn_compile.targets.tvm.kernels.core import Array, Arrays, Expr, Machine, f32, i32, let, local, loop, prefetch, splat
-from qcn_compile.targets.tvm.kernels.core import wide
+from qcn_compile.targets.tvm.kernels.core import (
+    Array,
+    Arrays,
+    Expr,
+    Machine,
+    f32,
+    i32,
+    let,
+    local,
+    loop,
+    prefetch,
+    splat,
+    wide,
+)
 from qcn_compile.targets.tvm.kernels.tiles import AHEAD, GROUP, TILE, FloatTile, Tile, load_scales
 
 LINE = 64  # bytes: 16 rows of 4 int8 codes, or of 8 int4 codes

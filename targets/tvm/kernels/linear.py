@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from tvm.tirx.script.builder import ir as T
 
 from qcn_compile.targets.tvm.kernels import math
@@ -24,9 +22,18 @@ from qcn_compile.targets.tvm.kernels.core import (
     vector,
     when,
 )
-from qcn_compile.targets.tvm.kernels.loops import count, each, sweep
 from qcn_compile.targets.tvm.kernels.integer import make_tile
-from qcn_compile.targets.tvm.kernels.tiles import GROUP, TILE, block_sizes, for_blocks, for_lone, input_params, tile_range, weight_params
+from qcn_compile.targets.tvm.kernels.loops import count, each, sweep
+from qcn_compile.targets.tvm.kernels.tiles import (
+    GROUP,
+    TILE,
+    block_sizes,
+    for_blocks,
+    for_lone,
+    input_params,
+    tile_range,
+    weight_params,
+)
 
 
 def linear(symbol: str, m: Machine, *, n: int, k: int, fmt: str, act: str, rows: str, times: int, stride: int,

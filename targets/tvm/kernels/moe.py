@@ -28,7 +28,16 @@ from qcn_compile.targets.tvm.kernels.core import (
 )
 from qcn_compile.targets.tvm.kernels.integer import make_tile
 from qcn_compile.targets.tvm.kernels.loops import count, each, sweep
-from qcn_compile.targets.tvm.kernels.tiles import TILE, Tile, block_sizes, for_blocks, for_lone, input_params, tile_range, weight_params
+from qcn_compile.targets.tvm.kernels.tiles import (
+    TILE,
+    Tile,
+    block_sizes,
+    for_blocks,
+    for_lone,
+    input_params,
+    tile_range,
+    weight_params,
+)
 
 PAD = 16  # a row of routing scratch is padded to whole vectors
 REMOVED, LOWEST = -1.0, -2.0  # probabilities are >= 0

@@ -158,8 +158,8 @@ class FloatTile:
         self._steps(g * GROUP, count, 2, weights, starts, acc)
 
     def _decoded(self, base: Expr, k: Expr, v: int, scale: Expr) -> Expr:
-        """Weights of input k for the v-th vector of rows: code * scale. For int4, nibble * scale - 8 * scale is the same
-        number, as the fused product is exact."""
+        """Weights of input k for the v-th vector of rows, code * scale. For int4, nibble * scale - 8 * scale is the
+        same number, as the fused product is exact."""
         lanes = self.m.lanes
         integer, real = vector("int32", lanes), vector("float32", lanes)
         if self.format == "int8":
