@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from qcn_compile.errors import QcnError, UsageError
-from qcn_compile.runtime.server.flags import add_server_flags
+from qcn_compile.runtime.server.flags import add_server_flags, cache_budget
 
 if TYPE_CHECKING:
     from qcn_compile.runtime.loaded import Model
@@ -63,7 +63,8 @@ def parser() -> argparse.ArgumentParser:
     m.add_argument("--max-running-requests", type=int, metavar="N",
                    help=f"sequences computed at once (default {RUNNING}, with --port {SERVED})")
     m.add_argument("--cache-memory", type=float, metavar="GB", help="most memory for KV pages and states")
-    m.add_argument("--prefill-chunk", "--chunked-prefill-size", type=int, metavar="N", help="most prompt tokens a step")
+    m.add_argument("--prefill-chunk", "--chunked-prefill-size", type=int, metavar="N",
+                   help="most prompt tokens a step; -1 is any")
     m.add_argument("--huge-pages", action="store_true", help="copy weights to huge pages: later start, faster tokens")
     add_server_flags(p)
     o = p.add_argument_group("output")
@@ -119,13 +120,13 @@ def _load(arguments: argparse.Namespace) -> Model:
     from qcn_compile.runtime.loaded import load
     from qcn_compile.runtime.progress import Progress
 
-    memory, running = arguments.cache_memory, arguments.max_running_requests
+    running, chunk = arguments.max_running_requests, arguments.prefill_chunk
     if running is None:
         running = RUNNING if arguments.port is None else SERVED
     with Progress() as progress:
         return load(arguments.build, context_length=arguments.context_length, threads=arguments.threads,
-                    max_running_requests=running, prefill_chunk=arguments.prefill_chunk,
-                    cache_memory=None if memory is None else int(memory * 1e9), huge_pages=arguments.huge_pages,
+                    max_running_requests=running, prefill_chunk=None if chunk == -1 else chunk,
+                    cache_memory=cache_budget(arguments), huge_pages=arguments.huge_pages,
                     verify=arguments.verify, model=arguments.model, report=progress.report)
 
 

@@ -5,11 +5,33 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from qcn_compile.errors import UsageError
 from qcn_compile.runtime.server.config import Limits
+
+
+def cache_budget(arguments: argparse.Namespace) -> int | None:
+    """Bytes for KV pages and states, from --cache-memory or SGLang's --mem-fraction-static; None: the default."""
+    share, memory = arguments.mem_fraction_static, arguments.cache_memory
+    if share is None:
+        return None if memory is None else int(memory * 1e9)
+    if memory is not None:
+        raise UsageError("--mem-fraction-static and --cache-memory exclude each other")
+    if not 0 < share < 1:
+        raise UsageError(f"--mem-fraction-static {share:g}: must be between 0 and 1")
+    from qcn_compile.artifact import read_manifest
+    from qcn_compile.runtime.memory import _memory_bytes
+
+    manifest = read_manifest(arguments.build)
+    if manifest.target.get("kind") == "gpu":
+        raise UsageError("--mem-fraction-static: not built yet for GPU builds; use --cache-memory GB")
+    weights = sum((arguments.build / name).stat().st_size for name in manifest.weights.get("files", ()))
+    return max(0, int(_memory_bytes() * share) - weights)
 
 
 def add_server_flags(parser: argparse.ArgumentParser) -> None:
     """The server's own flags; `--port` itself, and those of the machine, belong to qcn-run."""
+    parser.add_argument("--mem-fraction-static", type=float, metavar="X",
+                        help="share of the memory for weights, KV pages and states, instead of --cache-memory")
     s = parser.add_argument_group("server (with --port)")
     s.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="default 127.0.0.1: this machine alone")
     s.add_argument("--served-model-name", action="append", default=[], metavar="NAME",

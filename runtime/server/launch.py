@@ -19,12 +19,15 @@ import uvicorn
 from qcn_compile.errors import QcnError, UsageError
 from qcn_compile.runtime.loaded import Model
 from qcn_compile.runtime.parsing import make_reasoning_parser, tool_parser_name
+from qcn_compile.runtime.request import SamplingParams
 from qcn_compile.runtime.server.app import create_app
 from qcn_compile.runtime.server.config import Limits, ServerConfig
 from qcn_compile.runtime.server.service import Service
 
 _log = logging.getLogger("qcn.server")
 _LAST_WORDS = 5  # seconds that connections get to be told about a failed engine
+_DEFAULTS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")  # flags that requests may override
+_ELSEWHERE = ("max_tokens", "seed", "stop", "json", "profile")  # flags of --prompt and --chat
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -34,10 +37,14 @@ def serve(arguments: argparse.Namespace, load: Callable[[], Model]) -> int:
     Flags and the address are checked before loading: raises UsageError at once.
     """
     config = server_config(arguments)
+    given = {name: value for name in _DEFAULTS if (value := getattr(arguments, name)) is not None}
+    SamplingParams(**given)  # raises UsageError for values out of range
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     with listen(arguments.host, arguments.port) as listener, load() as model:
-        return run(Server(Service.of(model, config), listener, arguments.ssl_certfile, arguments.ssl_keyfile))
+        _log.info("%s: %s", arguments.build, model.describe())
+        service = Service.of(model, config, given)
+        return run(Server(service, listener, arguments.ssl_certfile, arguments.ssl_keyfile))
 
 
 def run(server: Server) -> int:
@@ -55,6 +62,9 @@ def run(server: Server) -> int:
 
 def server_config(arguments: argparse.Namespace) -> ServerConfig:
     """The flags as a config. Raises UsageError for values that cannot work."""
+    for name in _ELSEWHERE:
+        if getattr(arguments, name):
+            raise UsageError(f"--{name.replace('_', '-')}: not with --port; each request says its own")
     for name in ("request_timeout", "drain_timeout"):
         value = getattr(arguments, name)
         if value is not None and not 0 <= value < 1e9:

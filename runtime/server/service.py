@@ -56,10 +56,11 @@ class Service:
         self._add_gauges()
 
     @staticmethod
-    def of(model: Model, config: ServerConfig) -> Service:
-        """The service of a loaded build."""
+    def of(model: Model, config: ServerConfig, sampling: Mapping[str, Any] | None = None) -> Service:
+        """The service of a loaded build. `sampling`: defaults over those of the model."""
+        defaults = {**model.defaults.sampling, **(sampling or {})}
         return Service(config, model.tokenizer, model.engine, vocab_size=model.manifest.vocab_size,
-                       context_length=model.memory.context_length, sampling=model.defaults.sampling,
+                       context_length=model.memory.context_length, sampling=defaults,
                        occupancy=lambda: _engine_occupancy(model.engine))
 
     def occupancy(self) -> Occupancy:

@@ -56,11 +56,12 @@ def main(streams=64, delay=0.02, tokens=400):
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = write_tokenizer(Path(folder))
         engine = Paced(tokenizer, lambda prompt, params: " return value" * tokens, streams, delay)
-        service = Service(ServerConfig(("fake",)), tokenizer, engine, vocab_size=4096, sampling={}, context_length=10**6,
-                          occupancy=engine.occupancy)
+        service = Service(ServerConfig(("fake",)), tokenizer, engine, vocab_size=4096, sampling={},
+                          context_length=10**6, occupancy=engine.occupancy)
         with LiveServer(service) as server:
             here, there = multiprocessing.Pipe()
-            process = multiprocessing.get_context("spawn").Process(target=clients, args=(server.port, streams, tokens, there))
+            arguments = (server.port, streams, tokens, there)
+            process = multiprocessing.get_context("spawn").Process(target=clients, args=arguments)
             cpu, started = time.process_time(), time.perf_counter()
             process.start()
             events = here.recv()

@@ -29,6 +29,7 @@ class FakeEngine:
         self._eos = min(tokenizer.defaults.eos_token_ids)
         self.seen = []
         self.aborted = []
+        self.cached = 0
 
     @property
     def unfinished(self):
@@ -72,4 +73,7 @@ class FakeEngine:
         if reason is not None:
             text += live.detokenizer.finish()
             del self._live[name]
-        return Output(name, text, (token,), reason, (sample,), None, live.detokenizer.matched if reason else None)
+        output = Output(name, text, (token,), reason, (sample,), None, live.detokenizer.matched if reason else None)
+        if live.place == 1:
+            object.__setattr__(output, "cached", self.cached)
+        return output

@@ -83,6 +83,14 @@ def test_deadlines(serve, post):
     until(lambda: not server.engine.unfinished)
 
 
+def test_a_quiet_stream_is_kept_alive(serve, monkeypatch):
+    monkeypatch.setattr("qcn_compile.runtime.server.sse.PING_SECONDS", 0.1)
+    server = serve("done", delay=0.35)
+    with httpx.stream("POST", server.url + CHAT, json=body(stream=True)) as response:
+        text = "".join(response.iter_text())
+    assert text.count(": waiting\n\n") >= 2 and '"content":"' in text and text.endswith("data: [DONE]\n\n")
+
+
 def test_draining_lets_requests_end(serve, post):
     server = serve("one two three four", delay=0.05)
     held = raw_request(server, body())

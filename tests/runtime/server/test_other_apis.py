@@ -177,6 +177,17 @@ def test_metrics_and_state(serve):
     assert state["generated_tokens"] == reply.usage.completion_tokens and state["tokens_per_second"] > 0
 
 
+def test_cached_tokens_are_reported(serve):
+    server = serve("one two three")
+    server.engine.cached = 3
+    reply = openai(server).chat.completions.create(model="tiny", messages=HELLO)
+    assert reply.usage.prompt_tokens_details.cached_tokens == 3
+    usage = claude(server).messages.create(model="tiny", max_tokens=9, messages=HELLO).usage
+    assert usage.cache_read_input_tokens == 3 and usage.input_tokens == reply.usage.prompt_tokens - 3
+    assert openai(server).responses.create(model="tiny", input="x").usage.input_tokens_details.cached_tokens == 3
+    assert "qcn_cached_tokens_total 9.0" in httpx.get(server.url + "/metrics").text
+
+
 def test_pages_need_no_other_server(serve):
     server = serve()
     for path in ("/", "/docs"):

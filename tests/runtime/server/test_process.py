@@ -56,6 +56,17 @@ def test_serves_and_ends_on_sigterm(toy_build):
         assert "hi" not in rest.split() and "Traceback" not in rest
 
 
+def test_names_of_sglang_and_defaults(toy_build):
+    flags = ["--chunked-prefill-size", "-1", "--mem-fraction-static", "0.5", "--max-running-requests", "3",
+             "--temperature", "0", "--context-length", "100", "--tool-call-parser", "qwen_coder", "--reasoning-parser",
+             "qwen3"]
+    with running(toy_build, *flags) as (_, url):
+        assert httpx.get(url + "/state").json()["slots"] == 3
+        assert httpx.get(url + "/v1/models").json()["data"][0]["max_model_len"] == 100
+        texts = {httpx.post(url + "/v1/chat/completions", json=body()).text.partition("choices")[2] for _ in range(3)}
+        assert len(texts) == 1
+
+
 def test_sigterm_lets_a_stream_end(toy_build):
     with running(toy_build) as (process, url), httpx.stream(
             "POST", url + "/v1/chat/completions", json=body(stream=True, max_tokens=100)) as response:
@@ -110,6 +121,9 @@ def test_tls(toy_build, tmp_path):
     (["--port", "0", "--drain-timeout", "-1"], "--drain-timeout -1"), (["--port", "0", "--api-key", ""], "--api-key"),
     (["--port", "0", "--host", "256.1.1.1"], "cannot listen on 256.1.1.1:0"),
     (["--port", "0", "--max-queued-requests", "-1"], "--max-queued-requests -1"),
+    (["--port", "0", "--seed", "3"], "--seed: not with --port"),
+    (["--port", "0", "--mem-fraction-static", "2"], "--mem-fraction-static 2"),
+    (["--port", "0", "--temperature", "-1"], "temperature=-1.0"),
     (["--port", "0", "--nonsense"], "unrecognized arguments: --nonsense"),
 ])
 def test_flags_that_cannot_work(toy_build, flags, words):
