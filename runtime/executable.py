@@ -13,6 +13,7 @@ from qcn_compile.errors import ArtifactError, CapacityError, DeviceError
 from qcn_compile.runtime.batch import Capacity, InputArrays, Span
 from qcn_compile.runtime.device import ANY, LAUNCH, POINTER, CpuDevice, address, allocate
 from qcn_compile.runtime.memory import MemoryPlan, page_part_bytes
+from qcn_compile.runtime.prefix.rows import CacheRows
 from qcn_compile.runtime.profile import Profile
 from qcn_compile.runtime.weights import Weights
 
@@ -101,6 +102,10 @@ class Executable(Plans):
         self._places = {name: address(array) for name, array in self._inputs.arrays.items()}
         self._memory_of_caches = self._allocate_caches(manifest)
         self._caches = {key: address(array) for key, array in self._memory_of_caches.items()}
+        states = [array for (_, part), array in self._memory_of_caches.items() if not part]
+        pages = [array for (_, part), array in self._memory_of_caches.items() if part]
+        self.rows = CacheRows([array.reshape(memory.pages, -1) for array in pages],
+                              [array.reshape(memory.slots + memory.snapshots, -1) for array in states])
 
     def run(self, spans: Sequence[Span]) -> np.ndarray:
         """Run one step. Returns the wanted rows' logits, f32 [R, vocab], valid until the next step.
@@ -130,7 +135,7 @@ class Executable(Plans):
                 for part in ("k", "v"):
                     caches[cache.name, part] = allocate(self._memory.pages * page_part_bytes(cache))
             else:
-                caches[cache.name, ""] = allocate(self._memory.slots * cache.unit_bytes)
+                caches[cache.name, ""] = allocate((self._memory.slots + self._memory.snapshots) * cache.unit_bytes)
         return caches
 
     def _bound(self, plan: Plan) -> np.ndarray:

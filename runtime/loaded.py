@@ -23,6 +23,8 @@ from qcn_compile.runtime.device import CpuDevice, check_processor
 from qcn_compile.runtime.engine import Engine, EngineConfig, Output, check_tokens
 from qcn_compile.runtime.executable import Executable
 from qcn_compile.runtime.memory import MemoryPlan, plan_memory
+from qcn_compile.runtime.prefix.build import prefix_cache
+from qcn_compile.runtime.prefix.options import PrefixOptions
 from qcn_compile.runtime.ragged import RaggedSequences
 from qcn_compile.runtime.request import SamplingParams
 from qcn_compile.runtime.tokenizer import FOLDER, GenerationDefaults, Tokenizer
@@ -34,11 +36,11 @@ Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 def load(build: str | PathLike[str], *, context_length: int | None = None, max_running_requests: int = 4,
          threads: int | None = None, cache_memory: int | None = None, prefill_chunk: int | None = None,
          huge_pages: bool = False, pin: bool = False, verify: bool = False, model: str | PathLike[str] | None = None,
-         report: Report | None = None) -> Model:
+         prefix: PrefixOptions | None = None, report: Report | None = None) -> Model:
     """Open a build. `cache_memory` in bytes bounds KV pages and state slots; `prefill_chunk` prompt tokens a step.
 
     `huge_pages` copies the weights into huge pages, `pin` binds threads to cores, `verify` hashes every file, `model`
-    is the checkpoint that a build without weights takes them from.
+    is the checkpoint that a build without weights takes them from, `prefix` switches the prefix cache on.
     Raises ArtifactError, CapacityError, UsageError or DeviceError with the cure in the message.
     """
     if threads is not None and threads < 1:
@@ -50,15 +52,15 @@ def load(build: str | PathLike[str], *, context_length: int | None = None, max_r
     manifest = read_manifest(path, deep=verify)
     device: CpuDevice | CudaDevice
     executable: Executable | CudaExecutable
-    if manifest.target["kind"] == "gpu":
+    if manifest.target.get("kind") == "gpu":
         checkpoint = None if model is None else Path(model)
         device, executable, memory = open_cuda(path, manifest, context_length, max_running_requests, cache_memory,
                                                checkpoint, report)
     else:
-        memory = plan_memory(manifest, context_length, max_running_requests, cache_memory)
+        memory = plan_memory(manifest, context_length, max_running_requests, cache_memory, prefix)
         device, executable = _open_cpu(path, manifest, memory, threads or settings.threads(), pin, huge_pages, report)
     try:
-        loaded = Model(path, manifest, device, executable, memory, prefill_chunk)
+        loaded = Model(path, manifest, device, executable, memory, prefill_chunk, prefix)
     except (QcnError, OSError):
         device.close()
         raise
@@ -82,7 +84,8 @@ class Model:
     """A loaded artifact. Not thread-safe; close it, or use it as a context manager."""
 
     def __init__(self, build: Path, manifest: Manifest, device: CpuDevice | CudaDevice,
-                 executable: Executable | CudaExecutable, memory: MemoryPlan, prefill_chunk: int | None) -> None:
+                 executable: Executable | CudaExecutable, memory: MemoryPlan, prefill_chunk: int | None,
+                 prefix: PrefixOptions | None = None) -> None:
         self.manifest, self.memory, self.executable = manifest, memory, executable
         self.load_seconds = 0.0
         self._build, self._device = build, device
@@ -90,7 +93,9 @@ class Model:
         self.defaults = GenerationDefaults(frozenset(), {}) if self._tokenizer is None else self._tokenizer.defaults
         config = EngineConfig(manifest.vocab_size, memory.page_size, memory.context_length, memory.pages, memory.slots,
                               self.defaults.eos_token_ids, prefill_chunk)
-        self.engine = Engine(executable, _no_text if self._tokenizer is None else self._tokenizer.token_bytes, config)
+        rows = executable.rows if isinstance(executable, Executable) else None
+        self.engine = Engine(executable, _no_text if self._tokenizer is None else self._tokenizer.token_bytes, config,
+                             prefix_cache(build, prefix, memory, rows, self._tokenizer))
         self._sequences = RaggedSequences(executable, self.engine)
         self._streams: WeakValueDictionary[str, Stream] = WeakValueDictionary()
 
@@ -174,6 +179,8 @@ class Model:
     def close(self) -> None:
         """End all requests and stop the threads. The model cannot run afterwards."""
         self.engine.abort_all()
+        if self.engine.prefixes is not None:
+            self.engine.prefixes.close()
         self._device.close()
 
     def __enter__(self) -> Model:

@@ -9,14 +9,20 @@ from pathlib import Path
 
 from qcn_compile.artifact import CacheSpec, Manifest
 from qcn_compile.errors import ArtifactError, CapacityError, UsageError
+from qcn_compile.runtime.prefix.options import PrefixOptions
 
 ITEM_BYTES = {"f32": 4, "bf16": 2, "f16": 2, "f8e4m3": 1, "i8": 1}
 DEFAULT_SHARE = 0.5  # of the machine's memory that caches may grow into when no budget is given
+HOST_SHARE = 0.1  # of the machine's memory, for cached prefixes that pages and slots have no room for
+MOST_SNAPSHOTS = 4096  # slots for snapshots unless more are asked for
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """The caches of one loaded model. Bytes are reserved; only what requests fill is touched."""
+    """The caches of one loaded model. Bytes are reserved; only what requests fill is touched.
+
+    slots: of running sequences. snapshots: slots besides, for cached prefixes. host_bytes: for more of these.
+    """
 
     context_length: int
     page_size: int
@@ -24,6 +30,8 @@ class MemoryPlan:
     slots: int
     kv_bytes: int
     state_bytes: int
+    snapshots: int = 0
+    host_bytes: int = 0
 
     @property
     def tokens(self) -> int:
@@ -31,13 +39,20 @@ class MemoryPlan:
         return self.pages * self.page_size
 
     def __str__(self) -> str:
+        prefixes = f" + {self.snapshots} for cached prefixes" if self.snapshots else ""
+        host = f", {self.host_bytes / 1e6:.1f} MB of host memory for prefixes" if self.host_bytes else ""
+        contexts = min(self.slots, self.tokens // self.context_length)
         return (f"KV cache {self.pages} pages x {self.page_size} = {self.tokens} tokens ({self.kv_bytes / 1e6:.1f} MB)"
-                f", {self.slots} state slots ({self.state_bytes / 1e6:.1f} MB), touched as they fill")
+                f", {self.slots}{prefixes} state slots ({self.state_bytes / 1e6:.1f} MB): "
+                f"{self.slots} sequences at once, {contexts} of them with all {self.context_length} tokens{host}, "
+                "touched as they fill")
 
 
-def plan_memory(manifest: Manifest, context_length: int | None, max_running: int, budget: int | None) -> MemoryPlan:
+def plan_memory(manifest: Manifest, context_length: int | None, max_running: int, budget: int | None,
+                prefix: PrefixOptions | None = None) -> MemoryPlan:
     """Pages for `max_running` whole contexts, fewer when `budget` bytes (default: half of the memory) forbid it.
 
+    With `prefix` also slots for snapshots of cached prefixes.
     Raises UsageError for a context longer than the build's, CapacityError when not even one context fits.
     """
     context = manifest.context_length if context_length is None else context_length
@@ -50,14 +65,32 @@ def plan_memory(manifest: Manifest, context_length: int | None, max_running: int
     slot_bytes = sum(cache.unit_bytes for cache in manifest.caches if cache.kind != "kv")
     each = -(-context // manifest.page_size)
     limit = int(_memory_bytes() * DEFAULT_SHARE) if budget is None else budget
-    left = limit - max_running * slot_bytes
+    if prefix is not None and prefix.states is not None:
+        max_running = min(max_running, prefix.states)
+    snapshots = _snapshots(prefix, limit, slot_bytes, max_running, each * page_bytes)
+    left = limit - (max_running + snapshots) * slot_bytes
     pages = min(max_running * each, left // page_bytes if page_bytes else max_running * each)
     if pages < each:
-        need = each * page_bytes + max_running * slot_bytes
-        raise CapacityError(f"one context of {context} tokens and {max_running} state slots need {need / 1e9:.3f} GB, "
+        need = each * page_bytes + (max_running + snapshots) * slot_bytes
+        raise CapacityError(f"one context of {context} tokens and {max_running + snapshots} state slots need "
+                            f"{need / 1e9:.3f} GB, "
                             f"the budget is {limit / 1e9:.3f} GB; lower --context-length or --max-running-requests, "
                             "or raise --cache-memory")
-    return MemoryPlan(context, manifest.page_size, pages, max_running, pages * page_bytes, max_running * slot_bytes)
+    host = 0
+    if prefix is not None:
+        host = int(_memory_bytes() * HOST_SHARE) if prefix.host_bytes is None else prefix.host_bytes
+    return MemoryPlan(context, manifest.page_size, pages, max_running, pages * page_bytes,
+                      (max_running + snapshots) * slot_bytes, snapshots, host)
+
+
+def _snapshots(prefix: PrefixOptions | None, limit: int, slot_bytes: int, running: int, context_bytes: int) -> int:
+    """Slots for cached prefixes: as many as asked for, else by the ratio, but one whole context must fit, too."""
+    if prefix is None or not slot_bytes:
+        return 0
+    if prefix.states is not None:
+        return prefix.states - running
+    by_ratio = int(limit * prefix.ratio / (1 + prefix.ratio)) // slot_bytes
+    return max(0, min(by_ratio, (limit - context_bytes) // slot_bytes, running + MOST_SNAPSHOTS) - running)
 
 
 def page_part_bytes(cache: CacheSpec) -> int:

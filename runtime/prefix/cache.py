@@ -96,7 +96,7 @@ class PrefixCache:
                 if each.pages is None:
                     places = each.page_range(self.policy.page_size)
                     each.pages = request.table.pages[places.start:places.stop].tolist()
-                    each.kv.host = None
+                    self.tiers.set_host(each.kv, None)
                     self.tiers.hold(each.pages)
             if not node.has_state:
                 self.tiers.keep_state(node, request.slot)

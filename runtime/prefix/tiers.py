@@ -10,7 +10,7 @@ from qcn_compile.runtime.kv_cache import PageAllocator
 from qcn_compile.runtime.prefix.files import Contents, PrefixFiles, StoredFile
 from qcn_compile.runtime.prefix.policy import score
 from qcn_compile.runtime.prefix.rows import Rows
-from qcn_compile.runtime.prefix.tree import Node, RadixTree
+from qcn_compile.runtime.prefix.tree import Copy, Node, RadixTree
 from qcn_compile.runtime.state_slots import SlotAllocator
 
 
@@ -31,6 +31,7 @@ class Tiers:
         self._pages, self._first_slot = pages, slots.start
         self._slots = SlotAllocator(len(slots))
         self._held = np.zeros(pages.total, np.int32)
+        self._host_used = 0
         self._recent: tuple[StoredFile, Contents] | None = None
 
     def hold(self, pages: Sequence[int]) -> None:
@@ -64,7 +65,7 @@ class Tiers:
             node.slot = self._slots.acquire() + self._first_slot
             self.rows.copy_state(slot, node.slot)
         elif self.rows.state_bytes <= self.host_bytes:
-            node.state.host = self.rows.read_state(slot)
+            self.set_host(node.state, self.rows.read_state(slot))
             self.trim_host()
 
     def load_pages(self, node: Node) -> bool:
@@ -81,7 +82,8 @@ class Tiers:
         pages = self._pages.allocate(len(data))
         self._held[pages] += 1
         self.rows.write_pages(pages, data)
-        node.pages, node.kv.host = pages, None
+        node.pages = pages
+        self.set_host(node.kv, None)
         return True
 
     def load_state(self, node: Node, slot: int) -> bool:
@@ -150,7 +152,13 @@ class Tiers:
                     return
 
     def host_used(self) -> int:
-        return sum(node.host_bytes for node in self.tree)
+        """Bytes of copies in host memory."""
+        return self._host_used + self.tree.doubled_bytes
+
+    def set_host(self, copy: Copy, data: np.ndarray | None) -> None:
+        """Put a copy into host memory, or let it go."""
+        self._host_used += (0 if data is None else data.nbytes) - copy.host_bytes
+        copy.host = data
 
     def check_integrity(self) -> None:
         """Counts of pages, slots and bytes are those of the nodes."""
@@ -160,6 +168,8 @@ class Tiers:
         if (held != self._held).any():
             raise AssertionError("prefix cache: held KV pages are miscounted")
         self._slots.check_integrity(node.slot - self._first_slot for node in self.tree if node.slot is not None)
+        if self.host_used() != sum(node.host_bytes for node in self.tree):
+            raise AssertionError("prefix cache: copies in host memory are miscounted")
         if self.host_used() > self.host_bytes:
             raise AssertionError(f"prefix cache: {self.host_used()} bytes of host memory, {self.host_bytes} allowed")
 
@@ -204,7 +214,7 @@ class Tiers:
         assert node.pages is not None
         size = len(node.pages) * self.rows.page_bytes
         if node.kv.file is None and node.kv.host is None and size <= self.host_bytes:
-            node.kv.host = self.rows.read_pages(node.pages)
+            self.set_host(node.kv, self.rows.read_pages(node.pages))
             self.spilled += 1
         self._release_pages(node)
         if not node.kv.exists:
@@ -217,7 +227,7 @@ class Tiers:
     def _spill_state(self, node: Node) -> None:
         """Move a node's state off the device, and the node out if nothing else makes it useful."""
         if node.slot is not None and not node.state.exists and self.rows.state_bytes <= self.host_bytes:
-            node.state.host = self.rows.read_state(node.slot)
+            self.set_host(node.state, self.rows.read_state(node.slot))
         self._release_slot(node)
         self.prune(node)
         self.trim_host()
@@ -228,9 +238,9 @@ class Tiers:
 
     def _forget(self, node: Node) -> None:
         """Let a node's copies in host memory go, those of its pages only when no child needs them."""
-        node.state.host = None
+        self.set_host(node.state, None)
         if not node.children or node.kv.file is not None or node.pages is not None:
-            node.kv.host = None
+            self.set_host(node.kv, None)
         if node.has_kv:
             self.prune(node)
         else:
@@ -253,6 +263,8 @@ class Tiers:
     def _take_out(self, node: Node) -> None:
         self._release_pages(node)
         self._release_slot(node)
+        self.set_host(node.kv, None)
+        self.set_host(node.state, None)
         self.tree.remove(node)
         self.dropped += 1
 

@@ -92,6 +92,7 @@ class RadixTree:
 
     def __init__(self, page_size: int, share: Callable[[list[int]], None]) -> None:
         self.page_size, self._share = page_size, share
+        self.doubled_bytes = 0  # of host copies, since the start: pages that a split copied for both halves
         self.root = Node(np.empty(0, np.int32), 0, None)
         self.nodes: dict[Node, None] = {}
 
@@ -141,7 +142,9 @@ class RadixTree:
         node.kv_start += resume
         upper.kv.file = node.kv.file
         if node.kv.host is not None:
-            upper.kv.host, node.kv.host = node.kv.host[:stop].copy(), node.kv.host[resume:].copy()
+            whole = node.kv.host
+            upper.kv.host, node.kv.host = whole[:stop].copy(), whole[resume:].copy()
+            self.doubled_bytes += upper.kv.host.nbytes + node.kv.host.nbytes - whole.nbytes
         if node.pages is not None:
             self._share(node.pages[resume:stop])
             upper.pages, node.pages = node.pages[:stop], node.pages[resume:]
