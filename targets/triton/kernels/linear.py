@@ -10,10 +10,18 @@ from qcn_compile.targets.triton.kernels.common import begin, to_f32, true_rows
 def row_dot(w, s, x, row0, rows_n, k0, N: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, SCALED: tl.constexpr,
             ALIGNED: tl.constexpr):
     """w[rows, k0:k0+BK] * x[k0:k0+BK] as f32 [BN, BK]; x points at the token. ALIGNED: all rows share scale rows."""
+    inside = k0 + tl.arange(0, BK) < K
+    v = tl.load(x + k0 + tl.arange(0, BK), mask=inside, other=0.0).to(tl.float32)
+    return times(w, s, v, row0, rows_n, k0, N, K, BK, SCALED, ALIGNED)
+
+
+@triton.jit
+def times(w, s, v, row0, rows_n, k0, N: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, SCALED: tl.constexpr,
+          ALIGNED: tl.constexpr):
+    """As `row_dot`, for numbers v [BK] at hand."""
     k = k0 + tl.arange(0, BK)
     inside = k < K
     weights = tl.load(w + rows_n[:, None] * K + k[None, :], mask=(rows_n < N)[:, None] & inside[None, :], other=0.0)
-    v = tl.load(x + k, mask=inside, other=0.0).to(tl.float32)
     blocks: tl.constexpr = (K + 127) // 128
     if SCALED and ALIGNED:
         v *= tl.load(s + (row0 // 128) * blocks + k // 128, mask=inside, other=0.0)
@@ -27,20 +35,28 @@ def row_dot(w, s, x, row0, rows_n, k0, N: tl.constexpr, K: tl.constexpr, BK: tl.
 
 
 @triton.jit
-def gemv(x, w, s, r, y, counts, ROWS: tl.constexpr, TIMES: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+def gemv(x, norm_w, w, s, r, y, counts, ROWS: tl.constexpr, TIMES: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
          BN: tl.constexpr, BK: tl.constexpr, SX: tl.constexpr, SR: tl.constexpr, ADD: tl.constexpr,
-         BIAS: tl.constexpr, SCALED: tl.constexpr, PDL: tl.constexpr):
+         BIAS: tl.constexpr, NORM: tl.constexpr, EPS: tl.constexpr, SCALED: tl.constexpr, PDL: tl.constexpr):
     """One token a program: grid (N/BN, rows). Every weight byte is read once and nothing waits for a barrier
-    when a program is one warp."""
+    when a program is one warp. With NORM, x goes through an RMS norm: its weight on the way in, its scale at the end."""
     row0 = tl.program_id(0) * BN
     n = row0 + tl.arange(0, BN)
     t = tl.program_id(1)
     begin(PDL)
     if t < true_rows(counts, ROWS, TIMES):
         acc = tl.zeros((BN, BK), tl.float32)
+        squares = tl.zeros((BK,), tl.float32)
         for k0 in tl.static_range(0, K, BK):
-            acc += row_dot(w, s, x + t * SX, row0, n, k0, N, K, BK, SCALED, 128 % BN == 0)
+            k = k0 + tl.arange(0, BK)
+            v = tl.load(x + t * SX + k, mask=k < K, other=0.0).to(tl.float32)
+            if NORM:
+                squares += v * v
+                v *= tl.load(norm_w + k, mask=k < K, other=0.0)
+            acc += times(w, s, v, row0, n, k0, N, K, BK, SCALED, 128 % BN == 0)
         out = tl.sum(acc, 1)
+        if NORM:
+            out *= tl.rsqrt(tl.sum(squares, 0) / K + EPS)
         if BIAS:
             out += tl.load(r + n, mask=n < N, other=0.0).to(tl.float32)
         if ADD:

@@ -38,6 +38,6 @@ def linear(site: Site) -> list[Call]:
         **site.rows(x.shape)}
     if capacity == 1:
         shape = gemv_shape(n, k, encoding)
-        return [call("gemv", args, (cdiv(n, int(shape["BN"])), 1), **params, **shape)]
+        return [call("gemv", args, (cdiv(n, int(shape["BN"])), 1), NORM=False, EPS=0.0, **params, **shape)]
     shape = matmul_shape(capacity, scaled)
     return [call("matmul", args, (cdiv(n, int(shape["BN"])), cdiv(capacity, int(shape["BT"]))), **params, **shape)]

@@ -82,7 +82,11 @@ def test_late_equals_copied(tmp_path: Path) -> None:
     checkpoint = late_weights.Checkpoint(tmp_path)
     for name, recipe in json.loads(json.dumps(later["recipes"])).items():
         for part, blob in late_weights.bound(recipe, checkpoint).items():
-            assert blob.tobytes() == copied[f"{name}.{part}"].tobytes(), name
+            want = copied[f"{name}.{part}"]
+            if "vector" in name:  # exp of NumPy and of torch differ in the last bit
+                np.testing.assert_allclose(blob.view(np.float32), want, rtol=1e-6)
+            else:
+                assert blob.tobytes() == want.tobytes(), name
             assert blob.nbytes == recipe["parts"][part]
 
 

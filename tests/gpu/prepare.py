@@ -1,0 +1,72 @@
+"""Build everything that the tests on a card need, on a machine without one: see README.md."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE.parent / "targets" / "triton"), str(HERE)]
+OUT = Path(".gpu")
+PROMPTS = ["def fib(n):", "import os\n", "class Stack:\n    def __init__(self):", "for i in range(10):\n    print(",
+           "# sort a list\n", "def add(a, b):\n    return", "while True:", "x = [1, 2, 3]\ny =", "try:\n    open(",
+           "Write a function that adds two numbers.", "if __name__ ==", "from typing import"]
+TOKENS = 64
+
+
+def cases(target: str) -> None:
+    """Kernels of every case of tests/targets/triton and of the variants to time."""
+    from cases import every
+    from variants import variants
+
+    from qcn_compile.targets.triton.target import GpuTarget
+
+    card = GpuTarget(target)
+    kernels = {call.kernel: None for case, _ in every() for _, call in case.lower(card)}
+    card.emit([*kernels, *(v.kernel for v in variants())], OUT / "kernels")
+
+
+def reference(model: Path) -> None:
+    """The CPU's logits and greedy tokens on the same weights (stored bf16, computed in fp32)."""
+    from qcn_compile import compile, load
+
+    compile(model, "cpu", OUT / "cpu", dtype="bf16", force=True)
+    with load(OUT / "cpu") as cpu:
+        rows = []
+        for prompt in PROMPTS:
+            ids = cpu.encode(prompt)
+            stream = cpu.generate(ids, temperature=0.0, max_tokens=TOKENS)
+            new = [token for output in stream for token in output.token_ids]
+            rows.append((ids, new, cpu.logits([*ids, *new])))
+    arrays = {f"logits{i}": logits.astype(np.float16) for i, (_, _, logits) in enumerate(rows)}
+    np.savez_compressed(OUT / "reference.npz", **arrays)  # type: ignore[arg-type]
+    (OUT / "reference.json").write_text(json.dumps([{"prompt": ids, "new": new} for ids, new, _ in rows]))
+
+
+def main() -> None:
+    """Everything, or the parts that are named."""
+    from qcn_compile import compile
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("parts", nargs="*", default=["cases", "reference", "tiny", "full"])
+    parser.add_argument("--target", default="h200")
+    parser.add_argument("--model", type=Path, default=Path("qcn_compile/assets/tiny-coder"))
+    args = parser.parse_args()
+    OUT.mkdir(exist_ok=True)
+    if "cases" in args.parts:
+        cases(args.target)
+    if "reference" in args.parts:
+        reference(args.model)
+    if "tiny" in args.parts:
+        for quant in ("none", "fp8"):
+            compile(args.model, args.target, OUT / f"tiny-{quant}", quant=quant, weights="late", force=True)
+    if "full" in args.parts:
+        compile(None, args.target, OUT / "full", weights="dummy", quant="fp8", force=True)
+
+
+if __name__ == "__main__":
+    main()
