@@ -9,6 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
+from qcn_compile.ir.encoding import Encoding
 from qcn_compile.ir.graph import Op
 from qcn_compile.ir.types import StateType, TensorType
 
@@ -28,16 +29,6 @@ class Bucket:
     def sizes(self) -> dict[str, int]:
         """Values of the symbols T, S, R at capacity."""
         return {"T": self.tokens, "S": self.sequences, "R": self.rows}
-
-
-@dataclass(frozen=True)
-class Encoding:
-    """How a weight is stored: f32, bf16, int8 or int4 (symmetric, one scale per `group` inputs), and the dtype of
-    the activations it is multiplied with (f32 or int8)."""
-
-    format: str = "f32"
-    group: int = 32
-    activations: str = "f32"
 
 
 @dataclass(frozen=True)

@@ -9,16 +9,16 @@ from pathlib import Path
 import numpy as np
 
 from qcn_compile.errors import LoweringError
+from qcn_compile.ir.encoding import Encoding
 from qcn_compile.ir.graph import Op
 from qcn_compile.ir.types import StateKind, StateType, TensorType
-from qcn_compile.targets.base import Bucket, Call, Encoding, Kernel, Operand
+from qcn_compile.targets.base import Bucket, Call, Kernel, Operand
 from qcn_compile.targets.spec import Hardware
 from qcn_compile.targets.tvm import lowering, processor
 from qcn_compile.targets.tvm.lowering.site import Site
 from qcn_compile.targets.tvm.packing import pack, state_columns
 
-PAGE = 32  # tokens of a KV page; kernels score 16 keys at a time
-KEYS = 16
+PAGE = KEYS = 32  # tokens of a KV page; kernels score 32 keys at a time
 
 
 class CpuTarget:

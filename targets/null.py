@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
+from qcn_compile.ir.encoding import Encoding
 from qcn_compile.ir.graph import Op
 from qcn_compile.ir.types import StateType, TensorType
-from qcn_compile.targets.base import Bucket, Call, Encoding, Kernel, Operand
+from qcn_compile.targets.base import Bucket, Call, Kernel, Operand
 from qcn_compile.targets.cpu import CpuTarget
 
 

@@ -7,9 +7,10 @@ from dataclasses import asdict, dataclass
 
 from qcn_compile.errors import UsageError
 from qcn_compile.frontend import Traced
+from qcn_compile.ir.encoding import Encoding
 from qcn_compile.ir.graph import Graph
 from qcn_compile.lowering.schedule import stored_fraction
-from qcn_compile.targets.base import Encoding, Target
+from qcn_compile.targets.base import Target
 
 QUANTS = {"cpu": ("none", "int8", "int4"), "null": ("none", "int8", "int4"), "gpu": ("none", "fp8")}
 DTYPES = {"fp32": "f32", "bf16": "bf16"}

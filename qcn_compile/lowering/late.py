@@ -10,10 +10,11 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 from qcn_compile.errors import LoweringError
+from qcn_compile.ir.encoding import Encoding
 from qcn_compile.ir.graph import Op, Value
 from qcn_compile.ir.types import DType
 from qcn_compile.lowering.weights import BlobKey, sources
-from qcn_compile.targets.base import Encoding, Target
+from qcn_compile.targets.base import Target
 
 STEPS = ("weight", "concat", "reshape", "take_rows", "add_scalar", "mul_scalar", "neg", "exp", "cast", "transpose",
          "slice")

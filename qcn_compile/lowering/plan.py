@@ -7,12 +7,13 @@ from typing import Any
 
 from qcn_compile.artifact import Arg, Launch, Plan
 from qcn_compile.errors import LoweringError
+from qcn_compile.ir.encoding import Encoding
 from qcn_compile.ir.graph import Graph, Op, Value
 from qcn_compile.ir.types import StateRef
 from qcn_compile.lowering.memory import Buffer, Key, assign, liveness
 from qcn_compile.lowering.schedule import Schedule, encoding_of, row_width, work
 from qcn_compile.lowering.weights import BlobKey
-from qcn_compile.targets.base import Encoding, Ref
+from qcn_compile.targets.base import Ref
 
 OUTPUT_NAMES = ("logits", "hidden")
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from qcn_compile.errors import LoweringError
+from qcn_compile.ir.encoding import Encoding
 from qcn_compile.ir.graph import Graph, Op, Value
 from qcn_compile.ir.optable import row
 from qcn_compile.ir.text import format_op
 from qcn_compile.ir.types import BatchType, StateKind, StateRef, StateType, Sym, TensorType
 from qcn_compile.passes.canonicalize import static_values
-from qcn_compile.targets.base import Bucket, Call, Encoding, Operand, Target
+from qcn_compile.targets.base import Bucket, Call, Operand, Target
 
 
 @dataclass(frozen=True)

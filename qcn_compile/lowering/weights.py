@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from qcn_compile.artifact import ALIGNMENT
+from qcn_compile.ir.encoding import Encoding
 from qcn_compile.ir.graph import Op, Value
 from qcn_compile.ir.interpret import run_op
-from qcn_compile.targets.base import Encoding, Target
+from qcn_compile.targets.base import Target
 
 SHARD_BYTES = 256 << 20
 Source = Callable[[str], Tensor]

@@ -11,8 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 from qcn_compile.errors import LoweringError
-from qcn_compile.targets.base import Encoding
-from qcn_compile.targets.encoding import quantize, to_bf16
+from qcn_compile.ir.encoding import Encoding, quantize, to_bf16
 
 ALIGNMENT = 64
 LAYOUTS = ("matrix", "vector", "channels")

@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from qcn_compile.errors import LoweringError
+from qcn_compile.ir.encoding import Encoding
 from qcn_compile.ir.graph import Op
 from qcn_compile.ir.types import DType, StateKind, StateType, TensorType
-from qcn_compile.targets.base import Bucket, Call, Encoding, Kernel, Operand
+from qcn_compile.targets.base import Bucket, Call, Kernel, Operand
 from qcn_compile.targets.spec import Hardware, hardware
 from qcn_compile.targets.triton import lowering, packing
 from qcn_compile.targets.triton.lowering.site import DECODE_TOKENS, Site

@@ -17,8 +17,7 @@ from __future__ import annotations
 import numpy as np
 
 from qcn_compile.errors import LoweringError
-from qcn_compile.targets.base import Encoding
-from qcn_compile.targets.encoding import GROUP, padded, quantize, quantized, to_bf16
+from qcn_compile.ir.encoding import GROUP, Encoding, padded, quantize, quantized, to_bf16
 
 TILE = 16
 HALF = TILE // 2

@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
+from qcn_compile.ir.encoding import Encoding
 from qcn_compile.ir.text import parse_graph
 from qcn_compile.lowering import weights as module
 from qcn_compile.lowering.weights import BlobKey, evaluate, name_blobs, write_safetensors, write_shards
-from qcn_compile.targets.base import Encoding
 
 GRAPH = """graph @g(%x: f32[T,4]) {
   %a : f32[2,4] = weight() {name="model.a", dtype=f32, shape=(2,4)}

@@ -18,12 +18,12 @@ import torch
 
 from qcn_compile.ir import ops as _ops  # noqa: F401  (fills the op table)
 from qcn_compile.ir.batch import Batch, Caches
+from qcn_compile.ir.encoding import Encoding, encode
 from qcn_compile.ir.graph import Location, Op, Value
 from qcn_compile.ir.optable import TABLE
 from qcn_compile.ir.types import BatchType, Dim, StateKind, StateRef, StateType, TensorType, parse_type
-from qcn_compile.targets.base import Bucket, Call, Encoding, Kernel, Operand, Ref
+from qcn_compile.targets.base import Bucket, Call, Kernel, Operand, Ref
 from qcn_compile.targets.cpu import CpuTarget
-from qcn_compile.targets.encoding import encode
 from qcn_compile.targets.tvm.packing import state_columns
 
 GUARD = 24  # elements behind every buffer that must stay as they were
@@ -257,7 +257,7 @@ class Trial:
                            [[int(p) for p in row] for row in self.arrays["block_table"]], self.caches)
 
     def _native(self, state: StateType, part: str, data: np.ndarray) -> np.ndarray:
-        """The reference's layout (kv [pages, page, heads, dim], conv [slots, C, W-1], delta [slots, Hv, Dk, Dv]) to ours."""
+        """The reference layout (kv [pages, page, heads, dim], conv [slots, C, W-1], delta [slots, Hv, Dk, Dv]) to ours."""
         if state.kind is StateKind.conv:
             data = data.swapaxes(1, 2)
         elif state.kind is StateKind.delta:

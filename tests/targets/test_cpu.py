@@ -10,8 +10,9 @@ import pytest
 from harness import Program
 
 from qcn_compile.errors import LoweringError, UsageError
+from qcn_compile.ir.encoding import Encoding
 from qcn_compile.ir.types import DType, StateKind, StateType
-from qcn_compile.targets.base import Bucket, Encoding
+from qcn_compile.targets.base import Bucket
 from qcn_compile.targets.cpu import CpuTarget
 from qcn_compile.targets.null import NullTarget
 from qcn_compile.targets.spec import catalogue, hardware
@@ -41,14 +42,14 @@ def test_processors() -> None:
 
 
 def test_cache_units() -> None:
-    target = CpuTarget(page_size=16)
-    assert target.cache_unit(StateType(StateKind.kv, DType.f32, (2, 8)), 16) == ((2, 8, 16), 2 * 4 * 2 * 8 * 16)
+    target = CpuTarget(page_size=64)
+    assert target.cache_unit(StateType(StateKind.kv, DType.f32, (2, 8)), 64) == ((2, 8, 64), 2 * 4 * 2 * 8 * 64)
     assert target.cache_unit(StateType(StateKind.conv, DType.f32, (10, 3)), 16) == ((3, 10), 120)
     assert target.cache_unit(StateType(StateKind.delta, DType.f32, (4, 5, 6)), 16) == ((4, 6, 5, 1), 480)
     assert target.cache_unit(StateType(StateKind.delta, DType.f32, (4, 5, 64)), 16) == ((4, 2, 5, 32), 5120)
-    with pytest.raises(LoweringError, match="page size 8: this target was made for 16"):
+    with pytest.raises(LoweringError, match="page size 8: this target was made for 64"):
         target.cache_unit(StateType(StateKind.kv, DType.f32, (2, 8)), 8)
-    with pytest.raises(LoweringError, match="multiple of 16"):
+    with pytest.raises(LoweringError, match="multiple of 32"):
         CpuTarget(page_size=20)
 
 

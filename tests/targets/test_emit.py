@@ -11,7 +11,8 @@ import pytest
 from harness import PREFILL, PROGRAMS, Lab, Program
 
 from qcn_compile.errors import LoweringError
-from qcn_compile.targets.base import Encoding, Kernel
+from qcn_compile.ir.encoding import Encoding
+from qcn_compile.targets.base import Kernel
 from qcn_compile.targets.cpu import CpuTarget
 from qcn_compile.targets.tvm.emit import compiled, kernel_function
 

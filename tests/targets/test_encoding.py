@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from qcn_compile.errors import LoweringError, UsageError
-from qcn_compile.targets.base import Encoding
-from qcn_compile.targets.encoding import (
+from qcn_compile.ir.encoding import (
+    Encoding,
     dequantize,
     encode,
     encode_activations,

@@ -9,10 +9,10 @@ import pytest
 import torch
 from harness import DECODE, PREFILL, Lab, Program, Ragged, Trial, assert_close
 
+from qcn_compile.ir.encoding import Encoding, encode_activations
 from qcn_compile.ir.optable import TABLE
-from qcn_compile.targets.base import Bucket, Encoding
+from qcn_compile.targets.base import Bucket
 from qcn_compile.targets.cpu import CpuTarget
-from qcn_compile.targets.encoding import encode_activations
 
 ENCODINGS = [Encoding("f32"), Encoding("bf16"), Encoding("int8"), Encoding("int4"),
              Encoding("int8", 32, "int8"), Encoding("int4", 32, "int8")]

@@ -8,9 +8,9 @@ import torch
 from harness import DECODE, PREFILL, Lab, Program, Ragged, Trial
 from torch.nn import functional as F
 
+from qcn_compile.ir.encoding import Encoding, encode_activations
 from qcn_compile.ir.graph import Value
-from qcn_compile.targets.base import Bucket, Encoding
-from qcn_compile.targets.encoding import encode_activations
+from qcn_compile.targets.base import Bucket
 
 ENCODINGS = [Encoding("f32"), Encoding("bf16"), Encoding("int8"), Encoding("int4"),
              Encoding("int8", 32, "int8"), Encoding("int4", 32, "int8")]

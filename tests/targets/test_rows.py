@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from harness import DECODE, Lab, Program, Ragged
 
-from qcn_compile.targets.base import Encoding
+from qcn_compile.ir.encoding import Encoding
 
 UNARY = ("neg", "exp", "sigmoid", "silu", "softplus")
 BINARY = ("add", "mul", "sub", "div", "silu_mul", "mul_sigmoid")

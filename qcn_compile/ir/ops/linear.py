@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from qcn_compile.ir import encoding
 from qcn_compile.ir.optable import op, same
 from qcn_compile.ir.types import TensorType, size_of
 
@@ -56,8 +57,5 @@ def encode(w: Tensor, *, format: str, group: int, activations: str) -> Tensor:
 
     `activations` tells what kernels multiply it with (f32 or int8); it does not change the weight.
     """
-    from qcn_compile.targets.base import Encoding
-    from qcn_compile.targets.encoding import encode as stored
-
-    values = stored(w.float().numpy(), Encoding(format, group, activations))
+    values = encoding.encode(w.float().numpy(), encoding.Encoding(format, group, activations))
     return torch.from_numpy(values).to(w.dtype)

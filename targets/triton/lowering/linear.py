@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from qcn_compile.targets.base import Call, Encoding, Param
+from qcn_compile.ir.encoding import Encoding
+from qcn_compile.targets.base import Call, Param
 from qcn_compile.targets.triton.lowering.site import COUNTS, Site, call, cdiv, power, result
 
 

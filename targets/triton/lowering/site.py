@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from math import prod
 
 from qcn_compile.errors import LoweringError
+from qcn_compile.ir.encoding import Encoding
 from qcn_compile.ir.graph import Op
 from qcn_compile.ir.types import Dim, DType, StateRef, Sym, TensorType
-from qcn_compile.targets.base import Bucket, Call, Encoding, Kernel, Operand, Param, Ref
+from qcn_compile.targets.base import Bucket, Call, Kernel, Operand, Param, Ref
 from qcn_compile.targets.triton.families import ITEMSIZE
 
 DECODE_TOKENS = 8  # buckets up to this many tokens take kernels that read weights and states once per token

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from qcn_compile.ir.encoding import Encoding, padded, quantized
 from qcn_compile.ir.types import Dim
-from qcn_compile.targets.base import Call, Encoding, Param, Ref
-from qcn_compile.targets.encoding import padded, quantized
+from qcn_compile.targets.base import Call, Param, Ref
 from qcn_compile.targets.tvm.lowering.site import COUNTS, Site, call, result, scratch
 from qcn_compile.targets.tvm.packing import HALF, TILE, group_count
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from math import prod
 
 from qcn_compile.errors import LoweringError, UsageError
+from qcn_compile.ir.encoding import Encoding, check
 from qcn_compile.ir.graph import Op
 from qcn_compile.ir.types import Dim, DType, StateRef, Sym, TensorType
-from qcn_compile.targets.base import Bucket, Call, Encoding, Kernel, Operand, Param, Ref
-from qcn_compile.targets.encoding import check
+from qcn_compile.targets.base import Bucket, Call, Kernel, Operand, Param, Ref
 
 DECODE_TOKENS = 8  # buckets up to this many tokens get kernels tuned for reading weights once
 COUNTS = Ref("input", name="counts")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from harness_gpu import BF16, DECODE_1, DECODE_8, FP8, PREFILL, Case, Ragged
 
+from qcn_compile.ir.encoding import Encoding
 from qcn_compile.ir.graph import Value
 from qcn_compile.ir.types import DType, StateKind
-from qcn_compile.targets.base import Bucket, Encoding
+from qcn_compile.targets.base import Bucket
 
 Trialled = tuple[Case, list[Ragged]]
 ONE, FEW, MANY = [Ragged((1,))], [Ragged((3,)), Ragged((8,))], [Ragged((13,)), Ragged((40,))]

@@ -12,11 +12,11 @@ import torch
 
 from qcn_compile.ir import ops as _ops  # noqa: F401  (fills the op table)
 from qcn_compile.ir.batch import Batch, Caches
+from qcn_compile.ir.encoding import Encoding, dequantize, from_bf16, quantize, to_bf16
 from qcn_compile.ir.graph import Location, Op, Value
 from qcn_compile.ir.optable import TABLE
 from qcn_compile.ir.types import BatchType, DType, StateKind, StateRef, StateType, TensorType, parse_type
-from qcn_compile.targets.base import Bucket, Call, Encoding, Kernel, Operand, Ref
-from qcn_compile.targets.encoding import dequantize, from_bf16, quantize, to_bf16
+from qcn_compile.targets.base import Bucket, Call, Kernel, Operand, Ref
 from qcn_compile.targets.triton.target import GpuTarget
 
 DECODE_1, DECODE_8 = Bucket("decode-1", 1, 1, 1), Bucket("decode-8", 8, 8, 8)

@@ -9,14 +9,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from qcn_compile.ir import fp8
+from qcn_compile.ir.encoding import Encoding, to_bf16
 from qcn_compile.ir.graph import Op, Value
 from qcn_compile.ir.optable import TABLE
 from qcn_compile.lowering.late import deferred, merged_names
 from qcn_compile.lowering.weights import BlobKey, name_blobs, packed
 from qcn_compile.runtime import late_weights
-from qcn_compile.targets import fp8
-from qcn_compile.targets.base import Encoding
-from qcn_compile.targets.encoding import to_bf16
 from qcn_compile.targets.triton.packing import pack, sizes
 from qcn_compile.targets.triton.target import GpuTarget
 

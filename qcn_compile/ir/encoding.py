@@ -11,11 +11,23 @@ kernel multiplies with, so it is the reference of every quantised kernel and of 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from qcn_compile.errors import UsageError
-from qcn_compile.targets import fp8
-from qcn_compile.targets.base import Encoding
+from qcn_compile.ir import fp8
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How a weight is stored: f32, bf16, int8 or int4 (symmetric, one scale per `group` inputs), and the dtype of
+    the activations it is multiplied with (f32 or int8)."""
+
+    format: str = "f32"
+    group: int = 32
+    activations: str = "f32"
+
 
 GROUP = 32
 FORMATS = ("f32", "bf16", "int8", "int4")
