@@ -5,6 +5,8 @@ from __future__ import annotations
 import hmac
 import logging
 from collections.abc import Awaitable, Callable, Sequence
+from functools import cache
+from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -29,7 +31,12 @@ _Answer = Callable[[Request], Awaitable[Response]]
 
 async def openapi(service: Service, request: Request) -> Response:
     """This API as OpenAPI."""
-    return JSONResponse(document(ENDPOINTS))
+    return JSONResponse(_document())
+
+
+@cache
+def _document() -> dict[str, Any]:
+    return document(ENDPOINTS)
 
 
 ENDPOINTS = (*chat.ENDPOINTS, *completions.ENDPOINTS, *responses.ENDPOINTS, *messages.ENDPOINTS, *plain.ENDPOINTS,

@@ -9,10 +9,8 @@ from pydantic import ValidationError
 
 from qcn_compile.errors import CapacityError, QcnError, UsageError
 
-_TYPES = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error",
-          405: "invalid_request_error", 413: "request_too_large", 429: "rate_limit_error", 500: "server_error",
-          503: "overloaded_error", 504: "timeout_error"}
-_ANTHROPIC_TYPES = _TYPES | {500: "api_error", 503: "overloaded_error", 405: "invalid_request_error"}
+_TYPES = {401: "authentication_error", 429: "rate_limit_error", 503: "overloaded_error", 504: "timeout_error"}
+_ANTHROPIC_TYPES = _TYPES | {404: "not_found_error", 413: "request_too_large"}
 _TYPE_TAGS = frozenset({"str", "int", "float", "bool", "dict", "list", "none", "tuple", "json-or-python"})
 
 

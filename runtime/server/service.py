@@ -103,10 +103,10 @@ class Service:
             raise ApiError(400, f"{param}: the prompt has {len(tokens)} tokens, the context holds "
                            f"{self.context_length} with at least one new token; shorten it", param=param,
                            code="context_length_exceeded")
-        for place, token in enumerate(tokens):
-            if not 0 <= token < self.vocab_size:
-                raise bad_request(f"{param}: token {token} at position {place} is outside the vocabulary of "
-                                  f"{self.vocab_size}", param)
+        if min(tokens) < 0 or max(tokens) >= self.vocab_size:
+            place, token = next((i, t) for i, t in enumerate(tokens) if not 0 <= t < self.vocab_size)
+            raise bad_request(f"{param}: token {token} at position {place} is outside the vocabulary of "
+                              f"{self.vocab_size}", param)
 
     def thinks(self, prompt: str) -> bool:
         """Whether the prompt left a thought open, so that the output starts inside it."""
