@@ -1,0 +1,94 @@
+"""`qcn-inspect`: look into a build."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from qcn_compile.errors import QcnError
+from qcn_compile.inspect import show, views
+from qcn_compile.inspect.build import Build
+
+VIEWS = {
+    "summary": "model, target, decisions, sizes, work of each plan (the default)",
+    "ops": "ops of the final graph; bytes and FLOPs of each op in each plan",
+    "kernels": "source, code bytes and instruction statistics of each kernel",
+    "memory": "workspace against its lower bound, and the bytes alive over a step",
+    "decisions": "what was chosen, how each weight is stored, what was not done, and why",
+    "passes": "ops before and after each pass, what it did and what it did not",
+    "verify": "check every file against its hash, read every plan and graph",
+    "profile": "run 32 decode steps and time each op",
+}
+OTHERS = ("diff", "targets")
+
+
+def parser() -> argparse.ArgumentParser:
+    """All commands and flags of qcn-inspect."""
+    top = argparse.ArgumentParser(prog="qcn-inspect", description="Look into a build: qcn-inspect BUILD, or "
+                                  "qcn-inspect COMMAND BUILD.")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, text in VIEWS.items():
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.add_argument("build", type=Path, help="directory written by qcn-compile")
+        sub.add_argument("--json", action="store_true", help="print the data as JSON")
+        if name == "summary":
+            sub.add_argument("--html", type=Path, metavar="FILE", help="write a self-contained page about the build")
+            sub.add_argument("--profile", type=Path, metavar="FILE",
+                             help="measured times for the page: what `qcn-inspect profile BUILD --json` printed")
+    sub = commands.add_parser("diff", help="what differs between two builds")
+    sub.add_argument("build", type=Path)
+    sub.add_argument("other", type=Path)
+    sub.add_argument("--json", action="store_true", help="print the data as JSON")
+    sub = commands.add_parser("targets", help="the chips that builds can be made for")
+    sub.add_argument("--json", action="store_true", help="print the data as JSON")
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words and words[0] not in (*VIEWS, *OTHERS, "-h", "--help"):
+        words.insert(0, "summary")
+    args = parser().parse_args(words)
+    try:
+        data = _data(args)
+        if getattr(args, "html", None):
+            from qcn_compile.inspect.page import write_page
+
+            write_page(Build.open(args.build), args.html, args.profile)
+            print(f"wrote {args.html}", file=sys.stderr)
+        text = json.dumps(data, indent=1) if args.json else "\n".join(getattr(show, args.command)(data))
+        print(text)
+        return 0
+    except QcnError as error:
+        print(f"qcn-inspect: {error}", file=sys.stderr)
+        return error.exit_code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _data(args: argparse.Namespace) -> Any:
+    if args.command == "targets":
+        return views.targets()
+    if args.command == "profile":
+        from qcn_compile.inspect.profile import measure
+
+        return measure(args.build)
+    build = Build.open(args.build)
+    if args.command == "diff":
+        return views.diff(build, Build.open(args.other))
+    if args.command == "kernels":
+        from qcn_compile.inspect.kernels import kernels
+
+        return kernels(build)
+    return getattr(views, args.command)(build)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
