@@ -162,7 +162,7 @@ class Scheduler:
     def _leave(self, request: Request, store: bool = False) -> None:
         assert request.table is not None and request.slot is not None
         if self._prefixes is not None:
-            self._prefixes.keep(request, store)
+            self._prefixes.keep(request, store=store)
         request.table.release()
         self._slots.release(request.slot)
         request.table = request.slot = None

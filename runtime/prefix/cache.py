@@ -12,7 +12,7 @@ import numpy as np
 from qcn_compile.errors import CapacityError
 from qcn_compile.runtime.kv_cache import PageAllocator
 from qcn_compile.runtime.prefix.files import PrefixFiles, digest
-from qcn_compile.runtime.prefix.policy import SnapshotPolicy
+from qcn_compile.runtime.prefix.policy import LIKELY, UNLIKELY, SnapshotPolicy
 from qcn_compile.runtime.prefix.rows import Rows
 from qcn_compile.runtime.prefix.tiers import Tiers
 from qcn_compile.runtime.prefix.tree import Match, Node, RadixTree, whole_pages
@@ -81,9 +81,9 @@ class PrefixCache:
     def advanced(self, request: Request) -> None:
         """A chunk of a request was computed: keep its state if the boundary is worth it."""
         if request.remaining and self.policy.keeps(request.cuts, request.computed, request.kept):
-            self.keep(request)
+            self.keep(request, LIKELY if request.computed in request.cuts.must else UNLIKELY)
 
-    def keep(self, request: Request, store: bool = False) -> None:
+    def keep(self, request: Request, chance: float = LIKELY, store: bool = False) -> None:
         """Keep what a request has computed. `store`: also in the files, if there are any."""
         assert request.table is not None and request.slot is not None
         if not request.computed:
@@ -98,9 +98,9 @@ class PrefixCache:
                     each.pages = request.table.pages[places.start:places.stop].tolist()
                     self.tiers.set_host(each.kv, None)
                     self.tiers.hold(each.pages)
+            node.credit, node.chance = self.tiers.level, max(node.chance, chance)
             if not node.has_state:
                 self.tiers.keep_state(node, request.slot)
-        node.credit = self.tiers.level
         request.kept = request.computed
         self.tiers.prune(node)
         if store and node in self.tree.nodes:
@@ -162,7 +162,7 @@ class PrefixCache:
                         assert node.pages is not None
                         request.table.grow(node.end)
                         self.tiers.rows.copy_page(node.pages[-1], int(request.table.pages[-1]))
-                    node.credit = self.tiers.level
+                    node.credit, node.chance = self.tiers.level, LIKELY
                     return True
                 each = node
         if each is node and node.children:
@@ -193,7 +193,7 @@ class PrefixCache:
                 node.kv.file = stored
                 node.kv_start = node.start // size - stored.header.start // size
             if stored.header.state_bytes:
-                node.state.file = stored
+                node.state.file, node.chance = stored, LIKELY
             known[stored.header.path] = node
         for node in list(self.tree):
             self.tiers.prune(node)

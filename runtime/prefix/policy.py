@@ -73,6 +73,9 @@ class SnapshotPolicy:
         return [int(place) for place in places if 0 < place < len(tokens)]
 
 
-def score(credit: float, saved: int, nbytes: int) -> float:
+LIKELY, UNLIKELY = 1.0, 0.1  # that a request resumes at a boundary: where others ended or hit; where a chunk ended
+
+
+def score(credit: float, chance: float, saved: int, nbytes: int) -> float:
     """What keeping an entry is worth (GreedyDual): tokens saved per byte, on top of the level at its last use."""
-    return credit + saved / max(nbytes, 1)
+    return credit + chance * saved / max(nbytes, 1)

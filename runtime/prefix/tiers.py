@@ -58,9 +58,12 @@ class Tiers:
             pass
 
     def keep_state(self, node: Node, slot: int) -> None:
-        """Copy a running sequence's state to a node: into a snapshot slot, or else host memory."""
+        """Copy a running sequence's state to a node: into a snapshot slot, or else host memory, or not: by its worth."""
         if not self._slots.free:
-            self._evict(self._slot_victims(), lambda: self._slots.free > 0, self._spill_state)
+            victims = [other for other in self.tree if other.slot is not None]
+            least = min([node, *victims], key=self._state_score)
+            self.level = max(self.level, self._state_score(least))
+            self._spill_state(least)
         if self._slots.free:
             node.slot = self._slots.acquire() + self._first_slot
             self.rows.copy_state(slot, node.slot)
@@ -195,9 +198,12 @@ class Tiers:
             evict(node)
         return bool(ordered)
 
+    def _state_score(self, node: Node) -> float:
+        return score(node.credit, node.chance, node.saved(), self.rows.state_bytes)
+
     def _score(self, node: Node) -> float:
         count = 0 if node.children else len(node.page_range(self.tree.page_size))
-        return score(node.credit, node.saved(), count * self.rows.page_bytes + self.rows.state_bytes)
+        return score(node.credit, node.chance, node.saved(), count * self.rows.page_bytes + self.rows.state_bytes)
 
     def _page_victims(self) -> list[Node]:
         """Nodes on the device with no child there, those first that running requests do not use too."""
@@ -205,9 +211,6 @@ class Tiers:
         victims = [node for node in self.tree if node.pages is not None and node not in self.pinned
                    and all(child.pages is None for child in node.children.values())]
         return [node for node in victims if sole[node.pages].any()] or victims
-
-    def _slot_victims(self) -> list[Node]:
-        return [node for node in self.tree if node.slot is not None and node not in self.pinned]
 
     def _spill(self, node: Node) -> None:
         """Move a node's pages and state off the device."""

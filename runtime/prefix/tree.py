@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from qcn_compile.runtime.prefix.files import StoredFile
+from qcn_compile.runtime.prefix.policy import UNLIKELY
 
 
 @dataclass
@@ -41,6 +42,7 @@ class Node:
     slot: int | None = None
     state: Copy = field(default_factory=Copy)
     credit: float = 0.0
+    chance: float = UNLIKELY
 
     @property
     def start(self) -> int:
