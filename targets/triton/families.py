@@ -59,7 +59,7 @@ FAMILIES = {
     "unary": Family("rows", "x~:{X} y:{X} counts:i32"),
     "binary": Family("rows", "a~:{A} b~:{B} y:{Y} counts:i32"),
     "copy_columns": Family("rows", "x~:bf16 y:bf16 counts:i32"),
-    "gemv": Family("linear", "x:bf16 norm_w?NORM:f32 w:{W} s?SCALED:f32 r?ADDEND:{R} y:bf16 counts:i32"),
+    "gemv": Family("linear", "x:bf16 norm_w?NORM:f32 w:{W} s?SCALED:f32 r?ADDEND:{R} normed?KEEP:bf16 y:bf16 counts:i32"),
     "matmul": Family("linear", "x:bf16 w:{W} s?SCALED:f32 r?ADDEND:{R} y:bf16 counts:i32"),
     "moe_route": Family("moe", "logits~:bf16 ids:i32 weights:f32 counts:i32"),
     "moe_up": Family("moe", "x:bf16 ids:i32 w:{W} s?SCALED:f32 h:bf16 counts:i32"),
@@ -71,6 +71,8 @@ FAMILIES = {
     "moe_combine": Family("moe", "o:bf16 weights:f32 r?ADD:bf16 y:bf16 counts:i32"),
     "delta_step": Family("delta", "x:bf16 z:bf16 b~:bf16 a~:bf16 conv_w:f32 decay:f32 dt_bias:f32 norm_w:f32 "
                                   f"ring:bf16 state:f32 y:bf16 {_SPANS}"),
+    "delta_one": Family("delta", "x:bf16 z:bf16 b~:bf16 a~:bf16 conv_w:f32 decay:f32 dt_bias:f32 norm_w:f32 "
+                                 "ring:bf16 state:f32 y:bf16 context_lens:i32 slots:i32 counts:i32"),
     "delta_conv": Family("delta", f"x:bf16 conv_w:f32 ring:bf16 mixed:bf16 token_seq:i32 {_SPANS}"),
     "delta_keep": Family("delta", f"x:bf16 ring:bf16 {_SPANS}"),
     "delta_rule": Family("delta", f"mixed:bf16 b~:bf16 a~:bf16 decay:f32 dt_bias:f32 state:f32 o:bf16 {_SPANS}"),

@@ -129,8 +129,9 @@ def attention_combine(part, score, gate, y, counts, HQ: tl.constexpr, D: tl.cons
     if t < tl.load(counts):
         place = (t * HQ + h) * SPLITS + i
         e = tl.load(score + place)
+        parts = tl.load(part + place[:, None] * D + d[None, :], mask=(d < D)[None, :], other=0.0)
         share = tl.exp(e - tl.max(e, 0))
-        parts = tl.load(part + place[:, None] * D + d[None, :], mask=(share > 0)[:, None] & (d < D)[None, :], other=0.0)
+        parts = tl.where(share[:, None] > 0, parts, 0.0)  # splits without keys wrote none
         out = rounded(tl.sum(parts * share[:, None], 0) / tl.sum(share, 0))
         if GATE:
             out *= tl.sigmoid(tl.load(gate + t * SG + h * D + d, mask=d < D, other=0.0).to(tl.float32))

@@ -7,42 +7,58 @@ from qcn_compile.targets.triton.kernels.common import begin, to_f32, true_rows
 
 
 @triton.jit
-def row_dot(w, s, x, row0, rows_n, k0, N: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, SCALED: tl.constexpr,
-            ALIGNED: tl.constexpr):
-    """w[rows, k0:k0+BK] * x[k0:k0+BK] as f32 [BN, BK]; x points at the token. ALIGNED: all rows share scale rows."""
-    inside = k0 + tl.arange(0, BK) < K
-    v = tl.load(x + k0 + tl.arange(0, BK), mask=inside, other=0.0).to(tl.float32)
-    return times(w, s, v, row0, rows_n, k0, N, K, BK, SCALED, ALIGNED)
+def tile(w, n, k0, N: tl.constexpr, K: tl.constexpr, BK: tl.constexpr):
+    """w[n, k0:k0+BK] as stored."""
+    k = k0 + tl.arange(0, BK)
+    return tl.load(w + n[:, None] * K + k[None, :], mask=(n < N)[:, None] & (k < K)[None, :], other=0.0)
 
 
 @triton.jit
-def times(w, s, v, row0, rows_n, k0, N: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, SCALED: tl.constexpr,
-          ALIGNED: tl.constexpr):
-    """As `row_dot`, for numbers v [BK] at hand."""
+def scales(s, row0, k0, K: tl.constexpr, BK: tl.constexpr):
+    """The scales [BK] of a tile whose rows share a row of blocks."""
     k = k0 + tl.arange(0, BK)
-    inside = k < K
-    weights = tl.load(w + rows_n[:, None] * K + k[None, :], mask=(rows_n < N)[:, None] & inside[None, :], other=0.0)
-    blocks: tl.constexpr = (K + 127) // 128
+    return tl.load(s + (row0 // 128) * ((K + 127) // 128) + k // 128, mask=k < K, other=0.0)
+
+
+@triton.jit
+def scales_by_row(s, n, k0, N: tl.constexpr, K: tl.constexpr, BK: tl.constexpr):
+    """The scales [BN, BK] of a tile of any rows."""
+    k = k0 + tl.arange(0, BK)
+    return tl.load(s + (n // 128)[:, None] * ((K + 127) // 128) + (k // 128)[None, :],
+                   mask=(n < N)[:, None] & (k < K)[None, :], other=0.0)
+
+
+@triton.jit
+def row_dot(w, s, x, row0, n, k0, N: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, SCALED: tl.constexpr,
+            ALIGNED: tl.constexpr):
+    """w[n, k0:k0+BK] * x[k0:k0+BK] as f32 [BN, BK]; x points at the token. ALIGNED: all rows share a row of scales."""
+    weights = tile(w, n, k0, N, K, BK)
+    k = k0 + tl.arange(0, BK)
+    v = tl.load(x + k, mask=k < K, other=0.0).to(tl.float32)
     if SCALED and ALIGNED:
-        v *= tl.load(s + (row0 // 128) * blocks + k // 128, mask=inside, other=0.0)
-        return to_f32(weights) * v[None, :]
+        return to_f32(weights) * (v * scales(s, row0, k0, K, BK))[None, :]
     elif SCALED:
-        scale = tl.load(s + (rows_n // 128)[:, None] * blocks + (k // 128)[None, :],
-                        mask=(rows_n < N)[:, None] & inside[None, :], other=0.0)
-        return to_f32(weights) * scale * v[None, :]
+        return to_f32(weights) * v[None, :] * scales_by_row(s, n, k0, N, K, BK)
     else:
         return to_f32(weights) * v[None, :]
 
 
 @triton.jit
-def gemv(x, norm_w, w, s, r, y, counts, ROWS: tl.constexpr, TIMES: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
-         BN: tl.constexpr, BK: tl.constexpr, SX: tl.constexpr, SR: tl.constexpr, ADD: tl.constexpr,
-         BIAS: tl.constexpr, NORM: tl.constexpr, EPS: tl.constexpr, SCALED: tl.constexpr, PDL: tl.constexpr):
-    """One token a program: grid (N/BN, rows). Every weight byte is read once and nothing waits for a barrier
-    when a program is one warp. With NORM, x goes through an RMS norm: its weight on the way in, its scale at the end."""
+def gemv(x, norm_w, w, s, r, normed, y, counts, ROWS: tl.constexpr, TIMES: tl.constexpr, N: tl.constexpr,
+         K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SX: tl.constexpr, SR: tl.constexpr, ADD: tl.constexpr,
+         BIAS: tl.constexpr, NORM: tl.constexpr, KEEP: tl.constexpr, EPS: tl.constexpr, SCALED: tl.constexpr,
+         PDL: tl.constexpr):
+    """One token a program: grid (N/BN, rows); BN divides 128. The first weights are asked for before the kernel in
+    front has ended. With NORM, x goes through an RMS norm: its weight on the way in, its scale at the end; with KEEP
+    the first program stores the normed x."""
     row0 = tl.program_id(0) * BN
     n = row0 + tl.arange(0, BN)
     t = tl.program_id(1)
+    first = tile(w, n, 0, N, K, BK)
+    if SCALED:
+        first_scales = scales(s, row0, 0, K, BK)
+    if NORM:
+        first_norm = tl.load(norm_w + tl.arange(0, BK), mask=tl.arange(0, BK) < K, other=0.0)
     begin(PDL)
     if t < true_rows(counts, ROWS, TIMES):
         acc = tl.zeros((BN, BK), tl.float32)
@@ -52,11 +68,21 @@ def gemv(x, norm_w, w, s, r, y, counts, ROWS: tl.constexpr, TIMES: tl.constexpr,
             v = tl.load(x + t * SX + k, mask=k < K, other=0.0).to(tl.float32)
             if NORM:
                 squares += v * v
-                v *= tl.load(norm_w + k, mask=k < K, other=0.0)
-            acc += times(w, s, v, row0, n, k0, N, K, BK, SCALED, 128 % BN == 0)
+                v *= first_norm if k0 == 0 else tl.load(norm_w + k, mask=k < K, other=0.0)
+            if SCALED:
+                v *= first_scales if k0 == 0 else scales(s, row0, k0, K, BK)
+            acc += to_f32(first if k0 == 0 else tile(w, n, k0, N, K, BK)) * v[None, :]
         out = tl.sum(acc, 1)
         if NORM:
-            out *= tl.rsqrt(tl.sum(squares, 0) / K + EPS)
+            scale = tl.rsqrt(tl.sum(squares, 0) / K + EPS)
+            out *= scale
+            if KEEP:
+                if tl.program_id(0) == 0:
+                    for k0 in tl.static_range(0, K, BK):
+                        k = k0 + tl.arange(0, BK)
+                        v = tl.load(x + t * SX + k, mask=k < K, other=0.0).to(tl.float32) * scale
+                        v *= tl.load(norm_w + k, mask=k < K, other=0.0)
+                        tl.store(normed + t * K + k, v.to(tl.bfloat16), mask=k < K)
         if BIAS:
             out += tl.load(r + n, mask=n < N, other=0.0).to(tl.float32)
         if ADD:

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from qcn_compile.targets.triton.kernels.common import begin, silu
+from qcn_compile.targets.triton.kernels.common import begin, silu, to_f32
 from qcn_compile.targets.triton.kernels.linear import row_dot, tile_dot
 
 
@@ -68,28 +68,31 @@ def moe_up(x, ids, w, s, h, counts, SLOTS: tl.constexpr, H: tl.constexpr, F: tl.
 
 
 @triton.jit
-def moe_down(h, ids, weights, w, s, r, y, counts, SLOTS: tl.constexpr, H: tl.constexpr, F: tl.constexpr,
-             BH: tl.constexpr, BK: tl.constexpr, SR: tl.constexpr, ADD: tl.constexpr, SCALED: tl.constexpr,
-             PDL: tl.constexpr):
-    """y = (r +) sum over slots of weight * down h, in the order of the slots. Grid (H/BH, T); w [E, H, F]."""
+def moe_down(h, ids, weights, w, s, r, y, counts, SLOTS: tl.constexpr, BS: tl.constexpr, H: tl.constexpr,
+             F: tl.constexpr, BF: tl.constexpr, BH: tl.constexpr, SR: tl.constexpr, ADD: tl.constexpr,
+             SCALED: tl.constexpr, PDL: tl.constexpr):
+    """y = (r +) sum over slots of weight * down h. Grid (H/BH, T), BH divides 128; w [E, H, F]. One tile holds the rows
+    of all slots, and is asked for before the kernel in front (moe_up) has ended: the router ran before that one."""
     row0 = tl.program_id(0) * BH
-    n = row0 + tl.arange(0, BH)
+    n, j, f = row0 + tl.arange(0, BH), tl.arange(0, BS), tl.arange(0, BF)
     t = tl.program_id(1)
+    alive = t < tl.load(counts)
+    used = (j < SLOTS) & alive
+    inside = used[:, None] & (f < F)[None, :]
+    expert = tl.load(ids + t * SLOTS + j, mask=used, other=0).to(tl.int64)
+    share = tl.load(weights + t * SLOTS + j, mask=used, other=0.0)
+    rows = tl.load(w + expert[None, :, None] * (H * F) + n[:, None, None] * F + f[None, None, :],
+                   mask=(n < H)[:, None, None] & inside[None, :, :], other=0.0)
+    factor = share[:, None] + tl.zeros((BS, BF), tl.float32)
+    if SCALED:
+        across: tl.constexpr = (F + 127) // 128
+        blocks: tl.constexpr = ((H + 127) // 128) * across
+        factor *= tl.load(s + (expert * blocks + (row0 // 128) * across)[:, None] + (f // 128)[None, :], mask=inside,
+                          other=0.0)
     begin(PDL)
-    if t < tl.load(counts):
-        blocks: tl.constexpr = ((H + 127) // 128) * ((F + 127) // 128)
-        acc = tl.zeros((BH, BK), tl.float32)
-        for j in tl.static_range(SLOTS):
-            pair = t * SLOTS + j
-            expert = tl.load(ids + pair).to(tl.int64)
-            weight = tl.load(weights + pair)
-            se = s
-            if SCALED:
-                se = s + expert * blocks
-            for k0 in tl.static_range(0, F, BK):
-                acc += weight * row_dot(w + expert * (H * F), se, h + pair * F, row0, n, k0, H, F, BK, SCALED,
-                                        128 % BH == 0)
-        out = tl.sum(acc, 1)
+    if alive:
+        v = tl.load(h + (t * SLOTS + j)[:, None] * F + f[None, :], mask=inside, other=0.0).to(tl.float32) * factor
+        out = tl.sum(tl.sum(to_f32(rows) * v[None, :, :], 2), 1)
         if ADD:
             out = out.to(tl.bfloat16).to(tl.float32) + tl.load(r + t * SR + n, mask=n < H, other=0.0).to(tl.float32)
         tl.store(y + t * H + n, out.to(tl.bfloat16), mask=n < H)

@@ -8,9 +8,15 @@ from qcn_compile.targets.triton.lowering.site import COUNTS, Site, call, cdiv, p
 
 
 def gemv_shape(n: int, k: int, encoding: Encoding) -> dict[str, Param]:
-    """Rows and columns of a program's weight tile: about 8 KB of weights in flight a warp."""
-    block = min(power(k), 512 if encoding.format == "fp8" else 256)
-    return {"BN": 4, "BK": block, "WARPS": 1}
+    """Rows and columns of a program's weight tile, as measured on an H200 (tests/gpu/variants.py)."""
+    block = min(power(k), 2048)
+    if encoding.format == "bf16":
+        return {"BN": 1 if n < 1024 else 4, "BK": block, "WARPS": max(1, block // 512)}
+    if n > 65536:
+        return {"BN": 4, "BK": min(block, 1024), "WARPS": max(1, min(block, 1024) // 512)}
+    if k > 2048:
+        return {"BN": 2, "BK": block, "WARPS": max(1, block // 1024)}
+    return {"BN": 8 if n > 10000 else 4, "BK": block, "WARPS": max(1, block // 512)}
 
 
 def matmul_shape(tokens: int, scaled: bool) -> dict[str, Param]:
@@ -39,6 +45,6 @@ def linear(site: Site) -> list[Call]:
         **site.rows(x.shape)}
     if capacity == 1:
         shape = gemv_shape(n, k, encoding)
-        return [call("gemv", args, (cdiv(n, int(shape["BN"])), 1), NORM=False, EPS=0.0, **params, **shape)]
+        return [call("gemv", args, (cdiv(n, int(shape["BN"])), 1), NORM=False, KEEP=False, EPS=0.0, **params, **shape)]
     shape = matmul_shape(capacity, scaled)
     return [call("matmul", args, (cdiv(n, int(shape["BN"])), cdiv(capacity, int(shape["BT"]))), **params, **shape)]
