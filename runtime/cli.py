@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from qcn_compile.errors import QcnError, UsageError
+from qcn_compile.runtime.prefix.options import add_prefix_flags, prefix_options
 from qcn_compile.runtime.server.flags import add_server_flags, cache_budget
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ def parser() -> argparse.ArgumentParser:
     m.add_argument("--prefill-chunk", "--chunked-prefill-size", type=int, metavar="N",
                    help="most prompt tokens a step; -1 is any")
     m.add_argument("--huge-pages", action="store_true", help="copy weights to huge pages: later start, faster tokens")
+    add_prefix_flags(p)
     add_server_flags(p)
     o = p.add_argument_group("output")
     o.add_argument("--json", action="store_true", help="one JSON object a line: every piece, then usage and timing")
@@ -111,6 +113,8 @@ def _run(arguments: argparse.Namespace, started: float) -> int:
         else:
             prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
             complete(model, prompt, params, arguments.json)
+        if arguments.verbose and model.engine.prefixes is not None:
+            print(model.engine.prefixes, file=sys.stderr)
         if model.executable.profile:
             print("\n".join(model.executable.profile.lines()), file=sys.stderr)
     return 0
@@ -127,7 +131,8 @@ def _load(arguments: argparse.Namespace) -> Model:
         return load(arguments.build, context_length=arguments.context_length, threads=arguments.threads,
                     max_running_requests=running, prefill_chunk=None if chunk == -1 else chunk,
                     cache_memory=cache_budget(arguments), huge_pages=arguments.huge_pages,
-                    verify=arguments.verify, model=arguments.model, report=progress.report)
+                    verify=arguments.verify, model=arguments.model, prefix=prefix_options(arguments),
+                    report=progress.report)
 
 
 def _sampling(model: Model, arguments: argparse.Namespace) -> SamplingParams:

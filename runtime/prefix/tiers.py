@@ -58,7 +58,7 @@ class Tiers:
             pass
 
     def keep_state(self, node: Node, slot: int) -> None:
-        """Copy a running sequence's state to a node: into a snapshot slot, or else host memory, or not: by its worth."""
+        """Copy a running sequence's state to a node: to a snapshot slot, host memory, or not at all, by worth."""
         if not self._slots.free:
             victims = [other for other in self.tree if other.slot is not None]
             least = min([node, *victims], key=self._state_score)

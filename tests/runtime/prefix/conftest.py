@@ -1,4 +1,4 @@
-"""Makes harness.py importable."""
+"""Makes prefix_harness.py and agent_replay.py importable."""
 
 import sys
 from pathlib import Path

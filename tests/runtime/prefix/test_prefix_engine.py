@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 
 import pytest
+from prefix_harness import OPEN, VOCAB, answer, collect, engine, finish, policy
 
-from harness import OPEN, VOCAB, answer, collect, engine, finish, policy
 from qcn_compile.runtime.request import SamplingParams
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)

@@ -7,11 +7,11 @@ import random
 
 import numpy as np
 import pytest
+from prefix_harness import answer, engine
+from test_prefix_engine import GREEDY, message
 
-from harness import answer, engine
 from qcn_compile.runtime.prefix.files import MAGIC, PrefixFiles
 from qcn_compile.runtime.request import SamplingParams
-from test_prefix_engine import GREEDY, message
 
 TURNS = 3
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-
-from replay import read, replay
+from agent_replay import read, replay
 
 TRACE = read(Path(__file__).parents[2] / "data" / "agent_sessions.jsonl")
 

@@ -1,4 +1,4 @@
-"""A runner whose caches are bytes: a rolling hash as the state, tokens as the KV pages; logits depend on all of both."""
+"""A runner whose caches are bytes: a rolling hash as the state, tokens as KV pages; logits depend on all of both."""
 
 from __future__ import annotations
 
@@ -56,7 +56,8 @@ class Hashing:
 
 
 def policy(**fields):
-    return SnapshotPolicy(**{"page_size": PAGE, "openers": frozenset({OPEN}), "message_gap": 4, "chunk_gap": 8, **fields})
+    usual = {"page_size": PAGE, "openers": frozenset({OPEN}), "message_gap": 4, "chunk_gap": 8}
+    return SnapshotPolicy(**{**usual, **fields})
 
 
 def engine(pages=400, slots=8, snapshots=200, host=1 << 20, files=None, rules=None, eos=frozenset({0}), **fields):

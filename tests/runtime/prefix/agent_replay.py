@@ -1,7 +1,7 @@
 """Replays the shapes of agent sessions through the engine and counts what is computed twice.
 
-`python tests/runtime/prefix/replay.py TRACE` prints the counts for a whole trace (rows of session_id, input_length: new
-tokens of a turn, output_length, hash_ids of the first turn's blocks). The runner computes nothing: only counts matter.
+`python tests/runtime/prefix/agent_replay.py TRACE` counts for a whole trace: rows of session_id, input_length
+(new tokens of a turn), output_length, hash_ids of the first turn's blocks. The runner computes nothing.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def first_prompt(row):
 
 
 def replay(rows, cache=True, pages=400_000, snapshots=4096, host=1 << 30, width=4, chunk=2048, strip=False):
-    """Sessions `width` at a time; (computed, new, tokens of all prompts). `strip`: the template rewrites old answers."""
+    """Sessions `width` at a time: (computed, new, all prompts' tokens, engine). `strip`: old answers are rewritten."""
     runner = Idle(pages, width + snapshots, chunk)
     policy = SnapshotPolicy(PAGE, frozenset({OPEN}))
     made = (lambda p: PrefixCache(p, runner.rows, policy, range(width, width + snapshots), host)) if cache else None
