@@ -66,7 +66,9 @@ def schedule(graph: Graph, bucket: Bucket, target: Target) -> Schedule:
     for value in graph.inputs:
         if isinstance(value.type, TensorType):
             result.views[value] = View(value, 0, row_width(value.type))
-    for op in graph.ops:
+    specialise = getattr(target, "specialise", None)  # a target may fuse more in one bucket than in another
+    ops = graph.ops if specialise is None else specialise(graph.ops, graph.outputs, bucket)
+    for op in ops:
         if op.results[0] in result.static:
             continue
         if (view := _as_view(op, result.views)) is not None:
