@@ -19,10 +19,10 @@ import numpy as np
 from harness import Host, Program
 from tvm.tirx.script.builder import ir as T
 
+from qcn_compile.ir.encoding import Encoding, padded
 from qcn_compile.ir.types import DType, StateKind, StateType
-from qcn_compile.targets.base import Bucket, Call, Encoding, Kernel
+from qcn_compile.targets.base import Bucket, Call, Kernel
 from qcn_compile.targets.cpu import CpuTarget
-from qcn_compile.targets.encoding import padded
 from qcn_compile.targets.tvm.kernels import FAMILIES
 from qcn_compile.targets.tvm.kernels.core import Function, Machine, f32, let, local, loop, parallel, prefetch
 

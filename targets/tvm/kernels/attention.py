@@ -10,7 +10,6 @@ from collections.abc import Callable
 
 from tvm.tirx.script.builder import ir as T
 
-from qcn_compile.targets.tvm.kernels import math
 from qcn_compile.targets.tvm.kernels.core import (
     Array,
     Arrays,
@@ -18,19 +17,17 @@ from qcn_compile.targets.tvm.kernels.core import (
     Expr,
     Function,
     Machine,
-    f32,
     let,
     local,
     loop,
     parallel,
     splat,
+    when,
     wide,
 )
 from qcn_compile.targets.tvm.kernels.loops import count, each, sweep
 from qcn_compile.targets.tvm.kernels.norm import inverse_rms
-
-KEYS = 16  # keys scored together
-MASKED = -1e30
+from qcn_compile.targets.tvm.kernels.softmax import KEYS, STACK, Softmax
 
 
 def rope_table(symbol: str, m: Machine, *, rows: str, width: int, scaling: float, threads: bool) -> Function:
@@ -108,105 +105,33 @@ def _turn(a: Arrays, m: Machine, x: Array, start: Expr, w: Array | None, t: Expr
 
 
 def paged_attention(symbol: str, m: Machine, *, heads: int, kv_heads: int, dim: int, page: int, scale: float,
-                    gate: bool, stride_q: int, stride_g: int) -> Function:
-    """y[t] = softmax(scale q K^T) V over positions 0..pos(t), online over blocks of 16 keys, then * sigmoid(gate).
+                    gate: bool, stride_q: int, stride_g: int, many: bool) -> Function:
+    """y[t] = softmax(scale q K^T) V over positions 0..pos(t), online over blocks of 32 keys, then * sigmoid(gate).
 
-    Work item: (token, kv head); its query heads go in blocks that share every load of K and V. The row of y holds the
-    unnormalised sum meanwhile.
+    Work item: (one token, or with `many` a few neighbours; kv head). Every block of keys serves all its queries before
+    the next is touched. The row of y holds the unnormalised sum meanwhile.
     """
     f = Function(symbol, q="float32", **({"gate": "float32"} if gate else {}), y="float32", keys="float32",
                  values="float32", **BATCH)
-    group, most = heads // kv_heads, 4 if m.lanes <= 8 else 8
-    with f as a, parallel("item", count(a, "T", kv_heads)) as item:
-        t, h = let("t", T.floordiv(item, kv_heads)), let("h", T.floormod(item, kv_heads))
-        s, pos = position(a, t)
-        for first in range(0, group, most):
-            size = min(most, group - first)
-            head = let("head", h * group + first)
-            block = HeadBlock(a, m, size, dim, page, scale, let("q", t * (stride_q or heads * dim) + head * dim),
-                              let("out", (t * heads + head) * dim))
-            block.start()
-            with loop("keys", T.floordiv(pos + KEYS, KEYS)) as kb:
-                at = let("page", (page_of(a, s, kb * KEYS, page) * kv_heads + h) * (dim * page))
-                block.step(at, T.floormod(kb * KEYS, page), pos + 1 - kb * KEYS)
-            block.finish(let("g", t * (stride_g or heads * dim) + head * dim) if gate else None)
+    group = heads // kv_heads
+    queries = max(1, min(4 if many else 1, STACK // group))
+    with f as a:
+        tokens = count(a, "T")
+        with parallel("item", T.floordiv(tokens + queries - 1, queries) * kv_heads) as item:
+            first = let("first", T.floordiv(item, kv_heads) * queries)
+            softmax = Softmax(a, m, heads, kv_heads, dim, page, scale, T.floormod(item, kv_heads), queries, stride_q)
+            end = let("end", T.min(first + queries, tokens))
+            longest = local("longest", "int32", 1)
+            longest[0] = T.int32(0)
+            with loop("t", end, first) as t:
+                _, pos = position(a, t)
+                longest[0] = T.max(longest[0], pos)
+                softmax.start(t, t - first)
+            with loop("keys", T.floordiv(longest[0], KEYS) + 1) as keys, loop("t", end, first) as t:
+                s, pos = position(a, t)
+                with when(keys * KEYS <= pos):
+                    at = let("page", page_of(a, s, keys * KEYS, page))
+                    softmax.step(t, t - first, at, T.floormod(keys * KEYS, page), pos + 1 - keys * KEYS)
+            with loop("t", end, first) as t:
+                softmax.finish(t, t - first, (stride_g or heads * dim) if gate else 0)
     return f
-
-
-class HeadBlock:
-    """Online softmax of `size` query heads over one kv head: running maximum, running sum, output sum in y."""
-
-    def __init__(self, a: Arrays, m: Machine, size: int, dim: int, page: int, scale: float, q: Expr, out: Expr) -> None:
-        self.a, self.m, self.size, self.dim, self.page, self.scale, self.q, self.out = (a, m, size, dim, page, scale,
-                                                                                       q, out)
-        self.most, self.sum = local("most", "float32", size), local("norm", "float32", size)
-        self.fade = local("fade", "float32", size)
-
-    def start(self) -> None:
-        for r in range(self.size):
-            self.most[r], self.sum[r] = T.float32(MASKED), T.float32(0.0)
-        sweep(self.size * self.dim, self.m.lanes, lambda i, n: self.a.y.__setitem__((self.out + i, n), f32(0.0, n)))
-
-    def step(self, block: Expr, slot: Expr, valid: Expr) -> None:
-        """16 keys from `slot` of the page that starts at `block`; the first `valid` of them count."""
-        p = local("p", "float32", self.size * KEYS)
-        self._scores(block + slot, p)
-        for r in range(self.size):
-            self._weights(r, valid, p)
-        self._values(block + slot * self.dim, T.min(valid, KEYS), p)
-
-    def _scores(self, at: Expr, p: Array) -> None:
-        lanes = self.m.lanes
-        p[0, self.size * KEYS] = f32(0.0, self.size * KEYS)
-        with loop("d", self.dim) as d:
-            keys = [let(f"k{v}", self.a.keys[at + d * self.page + v * lanes, lanes]) for v in range(KEYS // lanes)]
-            for r in range(self.size):
-                q = splat(let("qd", self.a.q[self.q + r * self.dim + d]), lanes)
-                for v, k in enumerate(keys):
-                    i = r * KEYS + v * lanes
-                    p[i, lanes] = T.fma(q, k, p[i, lanes])
-
-    def _weights(self, r: int, valid: Expr, p: Array) -> None:
-        lanes, top = self.m.lanes, local("top", "float32", self.m.lanes)
-        for v in range(KEYS // lanes):
-            i = r * KEYS + v * lanes
-            kept = T.ramp(v * lanes, 1, lanes) < splat(valid, lanes)
-            p[i, lanes] = T.Select(kept, p[i, lanes] * f32(self.scale, lanes), f32(MASKED, lanes))
-            top[0, lanes] = p[i, lanes] if v == 0 else T.max(top[0, lanes], p[i, lanes])
-        most = let("most", T.max(self.most[r], math.greatest(top, lanes)))
-        self.fade[r] = math.exp(self.most[r] - most)
-        self.most[r] = most
-        for v in range(KEYS // lanes):
-            i = r * KEYS + v * lanes
-            p[i, lanes] = math.exp(p[i, lanes] - splat(most, lanes))
-            top[0, lanes] = p[i, lanes] if v == 0 else top[0, lanes] + p[i, lanes]
-        self.sum[r] = self.sum[r] * self.fade[r] + math.total(top, lanes)
-
-    def _values(self, at: Expr, valid: Expr, p: Array) -> None:
-        """y = y * fade + p V, 2 vectors of every head at a time."""
-        def columns(d: Expr, n: int) -> None:
-            acc = local("acc", "float32", self.size * n)
-            for r in range(self.size):
-                acc[r * n, n] = self.a.y[self.out + r * self.dim + d, n] * splat(self.fade[r], n)
-            with loop("key", valid) as key:
-                v = let("v", self.a.values[at + key * self.dim + d, n])
-                for r in range(self.size):
-                    acc[r * n, n] = T.fma(splat(p[r * KEYS + key], n), v, acc[r * n, n])
-            for r in range(self.size):
-                self.a.y[self.out + r * self.dim + d, n] = acc[r * n, n]
-
-        pair = 2 * self.m.lanes
-        sweep(self.dim, pair if self.dim % pair == 0 and self.size <= 4 else self.m.lanes, columns)
-
-    def finish(self, gate: Expr | None) -> None:
-        for r in range(self.size):
-            inverse = let("inverse", T.float32(1.0) / self.sum[r])
-
-            def body(i: Expr, n: int, r: int = r, inverse: Expr = inverse) -> None:
-                at = self.out + r * self.dim + i
-                value = self.a.y[at, n] * splat(inverse, n)
-                if gate is not None:
-                    value = value * math.sigmoid(self.a.gate[gate + r * self.dim + i, n])
-                self.a.y[at, n] = value
-
-            sweep(self.dim, self.m.lanes, body)

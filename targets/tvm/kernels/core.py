@@ -159,6 +159,11 @@ def lanes_of(value: Expr) -> int:
     return int(tvm.DataType(str(value.ty if hasattr(value, "ty") else value.dtype)).lanes)
 
 
+def dtype_of(value: Expr) -> str:
+    """Element type of an expression."""
+    return str(value.ty if hasattr(value, "ty") else value.dtype).split("x")[0]
+
+
 def vector(dtype: str, lanes: int) -> str:
     """Type name of a vector."""
     return dtype if lanes == 1 else f"{dtype}x{lanes}"

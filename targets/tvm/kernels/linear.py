@@ -112,11 +112,11 @@ def _quantize_group(a: Arrays, m: Machine, values: Array, g: Expr, zero: int) ->
     most[0, lanes], total[0, lanes] = f32(0.0, lanes), i32(0, lanes)
     for c in range(0, GROUP, lanes):
         most[0, lanes] = T.max(most[0, lanes], math.absolute(values[c, lanes]))
-    top = let("top", math.greatest(most, lanes))
+    top = let("top", math.greatest(most[0, lanes]))
     inverse = let("inverse", T.Select(top > T.float32(1e-30), T.float32(127.0) / top, T.float32(0.0)))
     for c in range(0, GROUP, lanes):
         code = let("code", T.Cast(vector("int32", lanes), T.nearbyint(values[c, lanes] * splat(inverse, lanes))))
         total[0, lanes] = total[0, lanes] + code
         a.xq[g * GROUP + c, lanes] = T.Cast(vector("int8", lanes), code)
     a.xs[g] = top / T.float32(127.0)
-    a.xz[g] = math.total(total, lanes) * T.int32(-zero)
+    a.xz[g] = math.total(total[0, lanes]) * T.int32(-zero)

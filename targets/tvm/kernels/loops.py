@@ -49,6 +49,16 @@ def sweep(width: int, lanes: int, body: Callable[[Expr, int], None]) -> None:
         body(0, 1)
 
 
+def unrolled(count_: int, times: int, body: Callable[[Expr], None]) -> None:
+    """body(index) over 0..count_, `times` copies in the loop."""
+    if count_ >= times:
+        with loop("i", count_ // times) as i:
+            for u in range(times):
+                body(i * times + u)
+    for u in range(count_ % times):
+        body(T.int32(count_ // times * times + u))
+
+
 def reduce_row(name: str, width: int, lanes: int, term: Callable[[Expr, int], Expr], chains: int = 4) -> Expr:
     """Sum of term(index, lanes) over 0..width, in an order that depends on width and lanes alone."""
     acc = local(name, "float32", chains * lanes)
@@ -67,7 +77,7 @@ def reduce_row(name: str, width: int, lanes: int, term: Callable[[Expr, int], Ex
             acc[0] = acc[0] + term(i + done, 1)
     for c in range(1, chains):
         acc[0, lanes] = acc[0, lanes] + acc[c * lanes, lanes]
-    return let(name + "_sum", total(acc, lanes))
+    return let(name + "_sum", total(acc[0, lanes]))
 
 
 def copy_row(source: Array, start: Expr, into: Array, at: Expr, width: int, lanes: int) -> None:

@@ -5,9 +5,11 @@ Every function takes an f32 expression of any width; NaN stays NaN.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from tvm.tirx.script.builder import ir as T
 
-from qcn_compile.targets.tvm.kernels.core import Array, Expr, f32, i32, lanes_of, let, splat, vector
+from qcn_compile.targets.tvm.kernels.core import Expr, dtype_of, f32, i32, lanes_of, let, local, splat, vector
 
 LOG2E = 1.4426950408889634
 LN2_HIGH, LN2_LOW = 0.693359375, -2.12194440e-4  # Cody-Waite split of ln 2 (Cephes expf)
@@ -93,25 +95,28 @@ def absolute(x: Expr) -> Expr:
     return T.reinterpret(vector("float32", lanes), bits)
 
 
-def pairwise(values: list[Expr]) -> Expr:
-    """Sum of scalars as a balanced tree."""
-    while len(values) > 1:
-        odd = values[len(values) // 2 * 2:]
-        values = [values[i] + values[i + 1] for i in range(0, len(values) - 1, 2)] + odd
-    return values[0]
+def fold(combine: Callable[[Expr, Expr], Expr], value: Expr, stop: int = 1) -> Expr:
+    """Lanes of a vector combined, its halves again and again, down to `stop` lanes."""
+    base, lanes = dtype_of(value), lanes_of(value)
+    while lanes > max(2, stop):
+        lanes //= 2
+        part = vector(base, lanes)
+        value = let("part", combine(T.vectorlow(part, value), T.vectorhigh(part, value)))
+    if stop > 1:
+        return value
+    pair = local("pair", base, 2)
+    pair[0, 2] = value
+    return let("folded", combine(pair[0], pair[1]))
 
 
-def total(array: Array, size: int) -> Expr:
-    """Sum of the first `size` elements of a stack array."""
-    return pairwise([array[i] for i in range(size)])
+def total(value: Expr) -> Expr:
+    """Sum of the lanes."""
+    return fold(lambda a, b: a + b, let("sum", value))
 
 
-def greatest(array: Array, size: int) -> Expr:
-    """Maximum of the first `size` elements of a stack array."""
-    value = array[0]
-    for i in range(1, size):
-        value = T.max(value, array[i])
-    return value
+def greatest(value: Expr) -> Expr:
+    """Maximum of the lanes."""
+    return fold(T.max, let("most", value))
 
 
 def widen(bits: Expr) -> Expr:

@@ -75,7 +75,7 @@ def _softmax(x: Array, start: Expr, p: Array, row: Expr, width: int, padded: int
     top, norm = local("top", "float32", m.lanes), local("sum", "float32", m.lanes)
     top[0, m.lanes], norm[0, m.lanes] = f32(-3.4e38, m.lanes), f32(0.0, m.lanes)
     sweep(width, m.lanes, lambda i, n: top.__setitem__((0, n), T.max(top[0, n], x[start + i, n])))
-    most = let("most", math.greatest(top, m.lanes))
+    most = let("most", math.greatest(top[0, m.lanes]))
 
     def exponential(i: Expr, n: int) -> None:
         e = let("exp", math.exp(x[start + i, n] - splat(most, n)))
@@ -83,7 +83,7 @@ def _softmax(x: Array, start: Expr, p: Array, row: Expr, width: int, padded: int
         p[row + i, n] = e
 
     sweep(width, m.lanes, exponential)
-    scale = let("scale", math.total(norm, m.lanes))
+    scale = let("scale", math.total(norm[0, m.lanes]))
     sweep(width, m.lanes, lambda i, n: p.__setitem__((row + i, n), p[row + i, n] / splat(scale, n)))
     for i in range(width, padded):
         p[row + i] = T.float32(LOWEST)

@@ -54,7 +54,8 @@ def paged_attention(site: Site) -> list[Call]:
     gate = site.has(1)
     refs = [site.ref(0), *([site.ref(1)] if gate else []), result(), state("state", "k"), state("state", "v"), *BATCH]
     return [call("paged_attention", refs, heads=heads, kv_heads=kv_heads, dim=dim, page=site.page,
-                 scale=site.real("scale"), gate=gate, stride_q=site.stride(0), stride_g=site.stride(1) if gate else 0)]
+                 scale=site.real("scale"), gate=gate, stride_q=site.stride(0), stride_g=site.stride(1) if gate else 0,
+                 many=not site.decode)]
 
 
 def delta_net(site: Site) -> list[Call]:
