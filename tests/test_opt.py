@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 import pytest
 
+import qcn_compile as qcn
 from qcn_compile import opt
+from qcn_compile.frontend.checkpoint import _ASSETS, load_config
 from qcn_compile.ir.graph import Graph
 from qcn_compile.ir.text import parse_graph, print_graph
-from qcn_compile.passes.base import REGISTRY
+from qcn_compile.passes.base import REGISTRY, PassContext
 from qcn_compile.pipeline import Pipeline, Tracing
 
+bundled = cache(qcn.trace)
 PLUGIN = '''
 from dataclasses import dataclass
 from typing import ClassVar
@@ -93,8 +97,6 @@ def test_interpret(files: tuple[str, str], capsys: pytest.CaptureFixture[str]) -
 
 def test_reduced_graph_of_a_whole_model_is_small(files: tuple[str, str]) -> None:
     """A failure deep inside the model: found without running every op away one by one."""
-    from qcn_compile import trace
-
     calls = 0
 
     def fails(graph: Graph) -> str | None:
@@ -102,20 +104,15 @@ def test_reduced_graph_of_a_whole_model_is_small(files: tuple[str, str]) -> None
         calls += 1
         return "router" if any(op.name == "topk" and ".5." in op.loc.module for op in graph.ops) else None
 
-    small = opt.reduce_graph(trace(), fails)
+    small = opt.reduce_graph(bundled(), fails)
     assert [op.name for op in small.ops] == ["topk"]
     assert calls < 60
 
 
 @pytest.mark.parametrize("which", ["bundled", "qwen3-coder-next"])
 def test_every_stage_round_trips(which: str) -> None:
-    from qcn_compile import trace
-    from qcn_compile.frontend.checkpoint import _ASSETS, load_config
-
-    graph = trace() if which == "bundled" else trace(load_config(_ASSETS / which)[0], "bf16")
+    graph = bundled() if which == "bundled" else qcn.trace(load_config(_ASSETS / which)[0], "bf16")
     stages: dict[str, str] = {}
-    from qcn_compile.passes.base import PassContext
-
     Pipeline.default("bf16", "int4").run(graph, PassContext(), Tracing(stages=stages))
     assert len(stages) >= 12
     for name, text in stages.items():

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import shutil
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 import qcn_compile as qcn
+import qcn_compile.compile
 from qcn_compile.inspect import cli
 from qcn_compile.inspect.build import Build
 from qcn_compile.inspect.show import plot
@@ -29,9 +32,20 @@ TEXT = """graph @main(%x: f32[T,4], %batch: batch) {
 """
 
 
+traced = cache(sys.modules["qcn_compile.compile"].trace_model)
+
+
 @pytest.fixture(scope="session")
 def build(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return qcn.compile(None, "cpu", tmp_path_factory.mktemp("inspect") / "build", quant="int4").path
+    """One int4 build, made by the first worker that asks."""
+    shared = tmp_path_factory.getbasetemp().parent / "qcn-inspect"
+    shared.mkdir(exist_ok=True)
+    with (shared / "lock").open("w") as lock, pytest.MonkeyPatch.context() as patch:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (shared / "build/manifest.json").is_file():
+            patch.setattr(sys.modules["qcn_compile.compile"], "trace_model", traced)
+            qcn.compile(None, "cpu", shared / "build", quant="int4")
+    return shared / "build"
 
 
 def run(*words: str, capsys: pytest.CaptureFixture[str]) -> str:
@@ -73,7 +87,8 @@ def test_memory_matches_the_plans(build: Path, capsys: pytest.CaptureFixture[str
         assert all(b["offset"] + b["bytes"] <= plan.workspace_bytes for b in row["layout"])
 
 
-def test_diff(build: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_diff(build: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["qcn_compile.compile"], "trace_model", traced)
     assert "no difference" in run("diff", str(build), str(build), capsys=capsys)
     other = tmp_path / "other"
     qcn.compile(None, "null", other, quant="none")
