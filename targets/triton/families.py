@@ -3,7 +3,7 @@
 A signature lists the pointer arguments in order, each `name:dtype`. `{P}` stands for parameter P of the kernel,
 `name?F` is given only when parameter F is true (else the function gets None), `name~` promises no 16-byte alignment.
 Everything else that the function takes is a parameter of the kernel, by the name it has there, and compiled in.
-`WARPS` and `STAGES` are compile options.
+`WARPS`, `STAGES` and `REGISTERS` (a cap for each thread) are compile options.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from qcn_compile.targets.base import Kernel, Param
 
-OPTIONS = ("WARPS", "STAGES")
+OPTIONS = ("WARPS", "STAGES", "REGISTERS")
 ITEMSIZE = {"bf16": 2, "f32": 4, "i32": 4, "fp8": 1}
 _POINTER = re.compile(r"(\w+)(~?)(?:\?(\w+))?:(\{(\w+)\}|\w+)$")
 _BATCH = "token_seq:i32 cu:i32 context_lens:i32 block_table:i32 counts:i32"
@@ -60,6 +60,7 @@ FAMILIES = {
     "binary": Family("rows", "a~:{A} b~:{B} y:{Y} counts:i32"),
     "copy_columns": Family("rows", "x~:bf16 y:bf16 counts:i32"),
     "gemv": Family("linear", "x:bf16 norm_w?NORM:f32 w:{W} s?SCALED:f32 r?ADDEND:{R} normed?KEEP:bf16 y:bf16 counts:i32"),
+    "gemv_pair": Family("linear", "x:bf16 norm_w:f32 w:{W} s?SCALED:f32 w2:bf16 y:bf16 y2:bf16 counts:i32"),
     "matmul": Family("linear", "x:bf16 w:{W} s?SCALED:f32 r?ADDEND:{R} y:bf16 counts:i32"),
     "moe_route": Family("moe", "logits~:bf16 ids:i32 weights:f32 counts:i32"),
     "moe_up": Family("moe", "x:bf16 ids:i32 w:{W} s?SCALED:f32 h:bf16 counts:i32"),
@@ -87,9 +88,10 @@ HIDDEN = ("W", "A", "B", "X", "Y", "R", "ADDEND")  # parameters that only say wh
 
 
 def options(kernel: Kernel) -> dict[str, int]:
-    """num_warps and num_stages of a kernel."""
+    """num_warps, num_stages and, when there is a cap, maxnreg of a kernel."""
     params = dict(kernel.params)
-    return {"num_warps": int(params.get("WARPS", 4)), "num_stages": int(params.get("STAGES", 2))}
+    cap = {"maxnreg": int(params["REGISTERS"])} if "REGISTERS" in params else {}
+    return {"num_warps": int(params.get("WARPS", 4)), "num_stages": int(params.get("STAGES", 2)), **cap}
 
 
 def constants(kernel: Kernel) -> dict[str, Param]:

@@ -10,12 +10,13 @@ import numpy as np
 
 from qcn_compile.errors import LoweringError
 from qcn_compile.ir.encoding import Encoding
-from qcn_compile.ir.graph import Op
+from qcn_compile.ir.graph import Op, Value
 from qcn_compile.ir.types import DType, StateKind, StateType, TensorType
 from qcn_compile.targets.base import Bucket, Call, Kernel, Operand
 from qcn_compile.targets.spec import Hardware, hardware
 from qcn_compile.targets.triton import lowering, packing
 from qcn_compile.targets.triton.lowering.site import DECODE_TOKENS, Site
+from qcn_compile.targets.triton.specialise import specialise
 
 PAGE = 32  # tokens of a KV page
 RING = 16  # inputs a convolution's ring holds; see kernels/delta.py
@@ -37,6 +38,10 @@ class GpuTarget:
     def describe(self) -> dict[str, object]:
         """What the manifest records of the card."""
         return {"arch": self.hardware.arch, "shared": self.hardware.shared}
+
+    def specialise(self, ops: Sequence[Op], outputs: Sequence[Value], bucket: Bucket) -> list[Op]:
+        """The ops of a bucket: in some, ops are fused that stay apart in others."""
+        return specialise(ops, outputs, bucket)
 
     def lower(self, op: Op, operands: Sequence[Operand | None], results: Sequence[TensorType],
               bucket: Bucket) -> list[Call]:

@@ -19,7 +19,7 @@ TOKENS = 64
 
 
 def cases(target: str) -> None:
-    """Kernels of every case of tests/targets/triton and of the variants to time."""
+    """Kernels of every case of tests/targets/triton, and variants of what the full build launches for one token."""
     from cases import every
     from variants import variants
 
@@ -27,7 +27,9 @@ def cases(target: str) -> None:
 
     card = GpuTarget(target)
     kernels = {call.kernel: None for case, _ in every() for _, call in case.lower(card)}
-    card.emit([*kernels, *(v.kernel for v in variants())], OUT / "kernels")
+    tuned = variants(OUT / "full")
+    (OUT / "variants.json").write_text(json.dumps([v.to_json() for v in tuned], indent=1))
+    card.emit([*kernels, *(v.kernel for v in tuned)], OUT / "kernels")
 
 
 def reference(model: Path) -> None:
@@ -52,13 +54,11 @@ def main() -> None:
     from qcn_compile import compile
 
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("parts", nargs="*", default=["cases", "reference", "tiny", "full"])
+    parser.add_argument("parts", nargs="*", default=["reference", "tiny", "full", "cases"])
     parser.add_argument("--target", default="h200")
     parser.add_argument("--model", type=Path, default=Path("qcn_compile/assets/tiny-coder"))
     args = parser.parse_args()
     OUT.mkdir(exist_ok=True)
-    if "cases" in args.parts:
-        cases(args.target)
     if "reference" in args.parts:
         reference(args.model)
     if "tiny" in args.parts:
@@ -66,6 +66,8 @@ def main() -> None:
             compile(args.model, args.target, OUT / f"tiny-{quant}", quant=quant, weights="late", force=True)
     if "full" in args.parts:
         compile(None, args.target, OUT / "full", weights="dummy", quant="fp8", force=True)
+    if "cases" in args.parts:
+        cases(args.target)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -103,69 +104,127 @@ def test_steps_equal_chunks_and_batches() -> None:
         assert np.linalg.norm(parts - whole[0]) <= 0.03 * np.linalg.norm(whole[0])
 
 
-def test_variants(card) -> None:  # type: ignore[no-untyped-def]
+def measured(card: Any) -> dict[str, list[tuple[float, Any]]]:
+    """Kernel of the full build -> (seconds, variant), fastest first."""
     from card import REPEAT
-    from variants import variants
+    from variants import Variant
 
-    slab = card.slab()
-    peak = card.copy_bandwidth(slab)
-    say(f"{card.device}: device copy {peak:.0f} GB/s")
-    ints = card.numbers()
+    slab, ints = card.slab(), card.numbers()
+    say(f"{card.device}: device copy {card.copy_bandwidth(slab):.0f} GB/s")
     found = defaultdict(list)
-    for v in variants():
-        seconds = card.seconds(card.variant(v.kernel, v.grid, slab, ints, v.bytes)) / REPEAT
-        found[v.what].append((seconds, v))
-    for what, rows in found.items():
+    for row in json.loads((BUILDS / "variants.json").read_text()):
+        v = Variant.from_json(row)
+        size = max(v.bytes, 1 << 20)
+        seconds = card.seconds(card.variant(v.kernel, v.grid, slab, ints, size)) / REPEAT
+        found[v.base].append((seconds, v))
+    for rows in found.values():
+        own = rows[0]
         rows.sort(key=lambda r: r[0])
-        say(f"{what:16s} " + " | ".join(f"{1e6 * s:.2f} us {v.bytes / s / 1e9:.0f} GB/s {v.label}" for s, v in rows[:6])
+        params = dict(own[1].kernel.params)
+        say(f"{own[1].kernel.family} {params.get('N', '')} {params.get('W', '')}: own {1e6 * own[0]:.2f} us | "
+            + " | ".join(f"{1e6 * s:.2f} us {v.bytes / s / 1e9:.0f} GB/s {v.label}" for s, v in rows[:5])
             + f" | worst {1e6 * rows[-1][0]:.2f} {rows[-1][1].label}")
+    return found
 
 
 def test_full_model() -> None:
+    from card import Card
+
     from qcn_compile import load
     from qcn_compile.runtime.profile import Profile
 
-    started = time.perf_counter()
-    with load(BUILDS / "full", context_length=8192, max_running_requests=8) as model:
-        say(f"full: {model.describe()}; {time.perf_counter() - started:.1f} s")
-        executable, device = model.executable, model._device
-        prompt = np.random.default_rng(0).integers(0, 150000, 1024).tolist()
-        for _ in range(2):
-            begun = time.perf_counter()
-            for at in range(0, 1024, 512):
-                logits = model.step([("a", prompt[at:at + 512])])[0]
-            say(f"prefill 1024 in 512s, all logits: {1e3 * (time.perf_counter() - begun):.1f} ms, "
-                f"finite {np.isfinite(logits).all()}")
-            model.release("a")
-        for at in range(0, 1024, 512):
-            model.step([("a", prompt[at:at + 512])])
-        begun = time.perf_counter()
-        token = 1
-        for _ in range(32):
-            token = int(model.step([("a", [token])])[0][0].argmax())
-        wall = (time.perf_counter() - begun) / 32
-        for name in [p.name for p in executable._plans if p.name.startswith("decode")]:
-            _time_plan(model, executable, device, name, wall)
-        executable.profile = Profile()
-        for _ in range(3):
-            model.step([("a", [1])])
-        say("\n".join(executable.profile.lines()))
+    card = Card(BUILDS / "kernels")
+    best = {base: rows[0][1] for base, rows in measured(card).items()}
+    card.device.close()
+    for name in ("full-plain", "full"):
+        if not (BUILDS / name).is_dir():
+            continue
+        started = time.perf_counter()
+        with load(BUILDS / name, context_length=8192, max_running_requests=10) as model:
+            say(f"{name}: {model.describe()}; {time.perf_counter() - started:.1f} s")
+            executable = model.executable
+            _time_plans(model, name)
+            if name == "full":
+                _tuned(model, best)
+                for steps in (1, 512):
+                    executable.profile = Profile()
+                    _step(model, steps)
+                    _step(model, steps)
+                    say("\n".join(executable.profile.lines()))
+                    executable.profile = None
+                _endurance(model)
 
 
-def _time_plan(model, executable, device, name: str, wall: float) -> None:  # type: ignore[no-untyped-def]
-    count = executable.plan(name).tokens
-    model.step([(f"s{i}", [5 + i]) for i in range(count)])
-    plan, first, last = executable.plan(name), device.event(), device.event()
-    found = []
-    for _ in range(12):
+def _step(model: Any, tokens: int) -> None:
+    stream = model.generate(list(range(1, tokens + 1)), temperature=0.0, max_tokens=1)
+    stream.text()
+
+
+def _events(model: Any, name: str, repeat: int = 15) -> float:
+    """Median seconds of a plan's graph, replayed on the inputs of the last step."""
+    executable, device = model.executable, model._device
+    first, last, found = device.event(), device.event(), []
+    for _ in range(repeat):
         device.record(first)
-        executable.replay(plan)
+        executable.replay(executable.plan(name))
         device.record(last)
         device.synchronize()
         found.append(device.seconds(first, last))
-    for i in range(count):
-        model.release(f"s{i}")
-    seconds, moved = float(np.median(found)), sum(launch.bytes for launch in plan.launches)
-    say(f"{name}: {1e3 * seconds:.3f} ms a step by events, {count / seconds:.0f} tokens/s, "
-        f"{moved / 1e9:.2f} GB counted, {moved / seconds / 1e9:.0f} GB/s, {len(plan.launches)} launches; "
-        f"whole step with copies (batch 1) {1e3 * wall:.3f} ms")
+    return float(np.median(found))
+
+
+def _time_plans(model: Any, build: str) -> None:
+    """Every plan by events, at 1024 tokens of context for one token; time to first token; steps with all copies."""
+    prompt = np.random.default_rng(0).integers(0, 150000, 1024).tolist()
+    for _ in range(3):
+        begun = time.perf_counter()
+        model.generate(prompt, temperature=0.0, max_tokens=1).text()
+        first = time.perf_counter() - begun
+    begun = time.perf_counter()
+    count = sum(len(o.token_ids) for o in model.generate(prompt, temperature=0.0, max_tokens=129))
+    wall = (time.perf_counter() - begun - first) / max(count - 1, 1)
+    say(f"{build}: time to first token, 1024 prompt {1e3 * first:.1f} ms; {count} tokens, {1e3 * wall:.3f} ms each "
+        f"through the engine ({1 / wall:.0f} tokens/s)")
+    _report(model, build, "decode-1", 1)
+    for name in ("decode-8", "prefill-512"):
+        tokens = model.executable.plan(name).tokens
+        if name == "decode-8":
+            model.step([(f"s{i}", [5 + i]) for i in range(8)])
+            for i in range(8):
+                model.release(f"s{i}")
+        else:
+            model.generate(prompt[:512], temperature=0.0, max_tokens=1).text()
+        _report(model, build, name, tokens)
+    model.generate(prompt, temperature=0.0, max_tokens=2).text()
+
+
+def _report(model: Any, build: str, name: str, tokens: int) -> None:
+    plan, seconds = model.executable.plan(name), _events(model, name)
+    moved = sum(launch.bytes for launch in plan.launches)
+    say(f"{build} {name}: {1e3 * seconds:.3f} ms a step by events, {tokens / seconds:.0f} tokens/s, {moved / 1e9:.2f} GB "
+        f"counted, {moved / seconds / 1e9:.0f} GB/s, {len(plan.launches)} launches")
+
+
+def _tuned(model: Any, best: dict[str, Any]) -> None:
+    """The plan for one token with the fastest measured variant of each kernel."""
+    executable, device = model.executable, model._device
+    plan = executable.plan("decode-1")
+    device.load(BUILDS / "kernels", {v.kernel.symbol for v in best.values()})
+    prepared = executable._launches[plan.name]
+    for i, launch in enumerate(plan.launches):
+        if (v := best.get(launch.kernel)) is not None:
+            prepared[i] = device.prepare(v.kernel.symbol, v.grid, [int(n) for n in prepared[i].values[:-2]])
+    executable._graphs[plan.name] = executable._capture(plan)
+    _report(model, "full, fastest variants", "decode-1", 1)
+
+
+def _endurance(model: Any, steps: int = 2000) -> None:
+    """Many steps through the graph leave finite logits."""
+    model.step([("long", [3])])
+    begun, token = time.perf_counter(), 1
+    for _ in range(steps):
+        logits = model.step([("long", [token])])[0][0]
+        token = int(logits.argmax())
+    say(f"{steps} steps: {1e3 * (time.perf_counter() - begun) / steps:.3f} ms each with host argmax, finite "
+        f"{np.isfinite(logits).all()}, last token {token}")
+    assert np.isfinite(logits).all()

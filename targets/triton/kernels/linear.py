@@ -44,16 +44,14 @@ def row_dot(w, s, x, row0, n, k0, N: tl.constexpr, K: tl.constexpr, BK: tl.const
 
 
 @triton.jit
-def gemv(x, norm_w, w, s, r, normed, y, counts, ROWS: tl.constexpr, TIMES: tl.constexpr, N: tl.constexpr,
-         K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SX: tl.constexpr, SR: tl.constexpr, ADD: tl.constexpr,
-         BIAS: tl.constexpr, NORM: tl.constexpr, KEEP: tl.constexpr, EPS: tl.constexpr, SCALED: tl.constexpr,
-         PDL: tl.constexpr):
-    """One token a program: grid (N/BN, rows); BN divides 128. The first weights are asked for before the kernel in
-    front has ended. With NORM, x goes through an RMS norm: its weight on the way in, its scale at the end; with KEEP
-    the first program stores the normed x."""
-    row0 = tl.program_id(0) * BN
+def gemv_rows(row0, t, x, norm_w, w, s, r, normed, y, counts, ROWS: tl.constexpr, TIMES: tl.constexpr,
+              N: tl.constexpr, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SX: tl.constexpr,
+              SR: tl.constexpr, ADD: tl.constexpr, BIAS: tl.constexpr, NORM: tl.constexpr, KEEP: tl.constexpr,
+              EPS: tl.constexpr, SCALED: tl.constexpr, PDL: tl.constexpr):
+    """BN rows of the product of one token; BN divides 128. The first weights are asked for before the kernel in front
+    has ended. With NORM, x goes through an RMS norm: its weight on the way in, its scale at the end; with KEEP the
+    program of row 0 stores the normed x."""
     n = row0 + tl.arange(0, BN)
-    t = tl.program_id(1)
     first = tile(w, n, 0, N, K, BK)
     if SCALED:
         first_scales = scales(s, row0, 0, K, BK)
@@ -77,7 +75,7 @@ def gemv(x, norm_w, w, s, r, normed, y, counts, ROWS: tl.constexpr, TIMES: tl.co
             scale = tl.rsqrt(tl.sum(squares, 0) / K + EPS)
             out *= scale
             if KEEP:
-                if tl.program_id(0) == 0:
+                if row0 == 0:
                     for k0 in tl.static_range(0, K, BK):
                         k = k0 + tl.arange(0, BK)
                         v = tl.load(x + t * SX + k, mask=k < K, other=0.0).to(tl.float32) * scale
@@ -88,6 +86,31 @@ def gemv(x, norm_w, w, s, r, normed, y, counts, ROWS: tl.constexpr, TIMES: tl.co
         if ADD:
             out = out.to(tl.bfloat16).to(tl.float32) + tl.load(r + t * SR + n, mask=n < N, other=0.0).to(tl.float32)
         tl.store(y + t * N + n, out.to(tl.bfloat16), mask=n < N)
+
+
+@triton.jit
+def gemv(x, norm_w, w, s, r, normed, y, counts, ROWS: tl.constexpr, TIMES: tl.constexpr, N: tl.constexpr,
+         K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SX: tl.constexpr, SR: tl.constexpr, ADD: tl.constexpr,
+         BIAS: tl.constexpr, NORM: tl.constexpr, KEEP: tl.constexpr, EPS: tl.constexpr, SCALED: tl.constexpr,
+         PDL: tl.constexpr):
+    """One token a program: grid (N/BN, rows)."""
+    gemv_rows(tl.program_id(0) * BN, tl.program_id(1), x, norm_w, w, s, r, normed, y, counts, ROWS, TIMES, N, K, BN, BK,
+              SX, SR, ADD, BIAS, NORM, KEEP, EPS, SCALED, PDL)
+
+
+@triton.jit
+def gemv_pair(x, norm_w, w, s, w2, y, y2, counts, N: tl.constexpr, N2: tl.constexpr, K: tl.constexpr,
+              BN: tl.constexpr, BN2: tl.constexpr, BK: tl.constexpr, SX: tl.constexpr, EPS: tl.constexpr,
+              SCALED: tl.constexpr, PDL: tl.constexpr):
+    """Two products of one normed token, the second with bf16 weights. Grid (N/BN + N2/BN2)."""
+    p = tl.program_id(0)
+    small: tl.constexpr = (N2 + BN2 - 1) // BN2
+    if p < small:
+        gemv_rows(p * BN2, 0, x, norm_w, w2, None, None, None, y2, counts, 0, 1, N2, K, BN2, BK, SX, 0, False, False,
+                  True, False, EPS, False, PDL)
+    else:
+        gemv_rows((p - small) * BN, 0, x, norm_w, w, s, None, None, y, counts, 0, 1, N, K, BN, BK, SX, 0, False, False,
+                  True, False, EPS, SCALED, PDL)
 
 
 @triton.jit

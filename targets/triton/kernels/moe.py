@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from qcn_compile.targets.triton.kernels.common import begin, silu, to_f32
-from qcn_compile.targets.triton.kernels.linear import row_dot, tile_dot
+from qcn_compile.targets.triton.kernels.linear import row_dot, scales, tile, tile_dot
 
 
 @triton.jit
@@ -68,31 +68,34 @@ def moe_up(x, ids, w, s, h, counts, SLOTS: tl.constexpr, H: tl.constexpr, F: tl.
 
 
 @triton.jit
-def moe_down(h, ids, weights, w, s, r, y, counts, SLOTS: tl.constexpr, BS: tl.constexpr, H: tl.constexpr,
-             F: tl.constexpr, BF: tl.constexpr, BH: tl.constexpr, SR: tl.constexpr, ADD: tl.constexpr,
-             SCALED: tl.constexpr, PDL: tl.constexpr):
-    """y = (r +) sum over slots of weight * down h. Grid (H/BH, T), BH divides 128; w [E, H, F]. One tile holds the rows
-    of all slots, and is asked for before the kernel in front (moe_up) has ended: the router ran before that one."""
+def moe_down(h, ids, weights, w, s, r, y, counts, SLOTS: tl.constexpr, H: tl.constexpr, F: tl.constexpr,
+             BF: tl.constexpr, BH: tl.constexpr, SR: tl.constexpr, ADD: tl.constexpr, SCALED: tl.constexpr,
+             PDL: tl.constexpr):
+    """y = (r +) sum over slots of weight * down h, in the order of the slots. Grid (H/BH, T), BH divides 128; w [E, H, F].
+    The rows of all slots are asked for before the kernel in front (moe_up) has ended: the router ran before that one,
+    and its results are read past the first cache, which may still hold older ones."""
     row0 = tl.program_id(0) * BH
-    n, j, f = row0 + tl.arange(0, BH), tl.arange(0, BS), tl.arange(0, BF)
+    n, f = row0 + tl.arange(0, BH), tl.arange(0, BF)
     t = tl.program_id(1)
     alive = t < tl.load(counts)
-    used = (j < SLOTS) & alive
-    inside = used[:, None] & (f < F)[None, :]
-    expert = tl.load(ids + t * SLOTS + j, mask=used, other=0).to(tl.int64)
-    share = tl.load(weights + t * SLOTS + j, mask=used, other=0.0)
-    rows = tl.load(w + expert[None, :, None] * (H * F) + n[:, None, None] * F + f[None, None, :],
-                   mask=(n < H)[:, None, None] & inside[None, :, :], other=0.0)
-    factor = share[:, None] + tl.zeros((BS, BF), tl.float32)
-    if SCALED:
-        across: tl.constexpr = (F + 127) // 128
-        blocks: tl.constexpr = ((H + 127) // 128) * across
-        factor *= tl.load(s + (expert * blocks + (row0 // 128) * across)[:, None] + (f // 128)[None, :], mask=inside,
-                          other=0.0)
+    blocks: tl.constexpr = ((H + 127) // 128) * ((F + 127) // 128)
+    rows, factors = (), ()
+    for j in tl.static_range(SLOTS):
+        expert = tl.load(ids + t * SLOTS + j, mask=alive, other=0, cache_modifier=".cg").to(tl.int64)
+        rows = rows + (tile(w + expert * (H * F), n, 0, H, F, BF),)
+        factor = tl.load(weights + t * SLOTS + j, mask=alive, other=0.0, cache_modifier=".cg")
+        if SCALED:
+            factors = factors + (factor * scales(s + expert * blocks, row0, 0, F, BF),)
+        else:
+            factors = factors + (factor,)
     begin(PDL)
     if alive:
-        v = tl.load(h + (t * SLOTS + j)[:, None] * F + f[None, :], mask=inside, other=0.0).to(tl.float32) * factor
-        out = tl.sum(tl.sum(to_f32(rows) * v[None, :, :], 2), 1)
+        acc, inner = tl.zeros((BH, BF), tl.float32), ()
+        for j in tl.static_range(SLOTS):
+            inner = inner + (tl.load(h + (t * SLOTS + j) * F + f, mask=f < F, other=0.0),)
+        for j in tl.static_range(SLOTS):
+            acc += to_f32(rows[j]) * (inner[j].to(tl.float32) * factors[j])[None, :]
+        out = tl.sum(acc, 1)
         if ADD:
             out = out.to(tl.bfloat16).to(tl.float32) + tl.load(r + t * SR + n, mask=n < H, other=0.0).to(tl.float32)
         tl.store(y + t * H + n, out.to(tl.bfloat16), mask=n < H)
@@ -132,8 +135,8 @@ def moe_place(ids, found, order, owner, counts, SLOTS: tl.constexpr, EXPERTS: tl
         at += tl.sum(mine.to(tl.int32), 0)
     fill = at + tl.arange(0, TILE)
     tl.store(order + fill, -1 + tl.zeros((TILE,), tl.int32), mask=fill < (first + own) * TILE)
-    for tile in range(first, first + own):
-        tl.store(owner + tile, e)
+    for number in range(first, first + own):
+        tl.store(owner + number, e)
 
 
 @triton.jit
@@ -148,12 +151,12 @@ def moe_up_tiles(x, order, owner, found, w, s, h, counts, SLOTS: tl.constexpr, E
                  BE: tl.constexpr, H: tl.constexpr, F: tl.constexpr, BF: tl.constexpr, TILE: tl.constexpr,
                  BK: tl.constexpr, SX: tl.constexpr, SCALED: tl.constexpr, PDL: tl.constexpr):
     """moe_up for TILE pairs of one expert. Grid (tiles, F/BF)."""
-    tile, row0 = tl.program_id(0), tl.program_id(1) * BF
+    number, row0 = tl.program_id(0), tl.program_id(1) * BF
     f = row0 + tl.arange(0, BF)
     begin(PDL)
-    if tile < used_tiles(found, EXPERTS, BE, TILE):
-        expert = tl.load(owner + tile).to(tl.int64)
-        pair = tl.load(order + tile * TILE + tl.arange(0, TILE))
+    if number < used_tiles(found, EXPERTS, BE, TILE):
+        expert = tl.load(owner + number).to(tl.int64)
+        pair = tl.load(order + number * TILE + tl.arange(0, TILE))
         token = tl.where(pair >= 0, pair // SLOTS, 0)
         blocks: tl.constexpr = ((2 * F + 127) // 128) * ((H + 127) // 128)
         we, se = w + expert * (2 * F * H), s
@@ -180,12 +183,12 @@ def moe_down_tiles(h, order, owner, found, w, s, o, counts, EXPERTS: tl.constexp
                    H: tl.constexpr, F: tl.constexpr, BH: tl.constexpr, TILE: tl.constexpr, BK: tl.constexpr,
                    SCALED: tl.constexpr, PDL: tl.constexpr):
     """o[pair] = down h[pair] for TILE pairs of one expert. Grid (tiles, H/BH)."""
-    tile, row0 = tl.program_id(0), tl.program_id(1) * BH
+    number, row0 = tl.program_id(0), tl.program_id(1) * BH
     n = row0 + tl.arange(0, BH)
     begin(PDL)
-    if tile < used_tiles(found, EXPERTS, BE, TILE):
-        expert = tl.load(owner + tile).to(tl.int64)
-        pair = tl.load(order + tile * TILE + tl.arange(0, TILE))
+    if number < used_tiles(found, EXPERTS, BE, TILE):
+        expert = tl.load(owner + number).to(tl.int64)
+        pair = tl.load(order + number * TILE + tl.arange(0, TILE))
         blocks: tl.constexpr = ((H + 127) // 128) * ((F + 127) // 128)
         we, se = w + expert * (H * F), s
         if SCALED:

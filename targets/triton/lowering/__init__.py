@@ -15,6 +15,7 @@ LOWERINGS: dict[str, Callable[[Site], list[Call]]] = {
     "rms_norm": rows.norm, "add_rms_norm": rows.norm, "gated_rms_norm": rows.norm,
     "concat": rows.concat, "gather_rows": rows.gather_rows, "embedding": rows.embedding,
     "linear": linear.linear, "linear_add": linear.linear,
+    "norm_linear": linear.norm_linear, "norm_linear_pair": linear.norm_linear_pair,
     "moe_route": moe.route, "moe_experts": moe.experts, "moe_add": moe.experts,
     "rope_table": mixer.rope_table, "rope_append": mixer.rope_append, "paged_attention": mixer.paged_attention,
     "delta_net": mixer.delta_net,

@@ -48,3 +48,27 @@ def linear(site: Site) -> list[Call]:
         return [call("gemv", args, (cdiv(n, int(shape["BN"])), 1), NORM=False, KEEP=False, EPS=0.0, **params, **shape)]
     shape = matmul_shape(capacity, scaled)
     return [call("matmul", args, (cdiv(n, int(shape["BN"])), cdiv(capacity, int(shape["BT"]))), **params, **shape)]
+
+
+def norm_linear(site: Site) -> list[Call]:
+    """norm_linear(x, norm_w, w): one token."""
+    encoding, weight = site.matrix(2)
+    n, k = (int(d) for d in site.operand(2).type.shape)  # type: ignore[arg-type]
+    keep = bool(site.op.attrs["keep"])
+    args = [site.ref(0), site.ref(1), *weight, *([result(1)] if keep else []), result(0), COUNTS]
+    shape = gemv_shape(n, k, encoding)
+    return [call("gemv", args, (cdiv(n, int(shape["BN"])), 1), N=n, K=k, SX=site.stride(0), SR=0, ADD=False, BIAS=False,
+                 ADDEND=False, R="bf16", SCALED=encoding.format == "fp8", W=encoding.format, NORM=True, KEEP=keep,
+                 EPS=site.real("eps"), **site.rows(site.activation(0).shape), **shape)]
+
+
+def norm_linear_pair(site: Site) -> list[Call]:
+    """norm_linear_pair(x, norm_w, w, w2): one token, w2 in bf16."""
+    encoding, weight = site.matrix(2)
+    _, second = site.matrix(3)
+    n, k = (int(d) for d in site.operand(2).type.shape)  # type: ignore[arg-type]
+    n2 = int(site.operand(3).type.shape[0])  # type: ignore[arg-type]
+    shape = gemv_shape(n, k, encoding)
+    return [call("gemv_pair", [site.ref(0), site.ref(1), *weight, *second, result(0), result(1), COUNTS],
+                 (cdiv(n, int(shape["BN"])) + n2,), N=n, N2=n2, BN2=1, K=k, SX=site.stride(0), EPS=site.real("eps"),
+                 SCALED=encoding.format == "fp8", W=encoding.format, **shape)]

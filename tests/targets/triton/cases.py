@@ -61,6 +61,20 @@ def linears() -> list[Trialled]:
                            for encoding in (BF16, FP8) for shape in shapes)]
 
 
+def fused() -> list[Trialled]:
+    found = []
+    for encoding in (BF16, FP8):
+        one = Case(f"norm_linear {encoding.format}", DECODE_1)
+        x, norm = one.input("x", "bf16[T,200]", more=8), one.weight("norm", (200,), scale=1.0)
+        one.op("norm_linear", [x, norm, one.weight("w", (130, 200), encoding)], eps=1e-6, keep=encoding is BF16)
+        two = Case(f"norm_linear_pair {encoding.format}", DECODE_1)
+        x, norm = two.input("x", "bf16[T,200]", more=8), two.weight("norm", (200,), scale=1.0)
+        two.op("norm_linear_pair", [x, norm, two.weight("w", (130, 200), encoding), two.weight("v", (7, 200), BF16)],
+               eps=1e-6)
+        found += [(one, ONE), (two, ONE)]
+    return found
+
+
 def routes() -> list[Trialled]:
     found = []
     for experts, top, normalize, shared in ((8, 2, True, False), (33, 3, False, True), (64, 10, True, True)):
@@ -130,4 +144,4 @@ def attentions() -> list[Trialled]:
 
 def every() -> list[Trialled]:
     """All cases."""
-    return [*pointwise(), *linears(), *routes(), *moes(), *deltas(), *attentions()]
+    return [*pointwise(), *linears(), *fused(), *routes(), *moes(), *deltas(), *attentions()]
