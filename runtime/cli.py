@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NoReturn
 from qcn_compile.errors import QcnError, UsageError
 from qcn_compile.runtime.prefix.options import add_prefix_flags, prefix_options
 from qcn_compile.runtime.server.flags import add_server_flags, cache_budget
+from qcn_compile.runtime.speculation.options import add_speculation_flags, speculation_options
 
 if TYPE_CHECKING:
     from qcn_compile.runtime.loaded import Model
@@ -68,6 +69,7 @@ def parser() -> argparse.ArgumentParser:
                    help="most prompt tokens a step; -1 is any")
     m.add_argument("--huge-pages", action="store_true", help="copy weights to huge pages: later start, faster tokens")
     add_prefix_flags(p)
+    add_speculation_flags(p)
     add_server_flags(p)
     o = p.add_argument_group("output")
     o.add_argument("--json", action="store_true", help="one JSON object a line: every piece, then usage and timing")
@@ -115,6 +117,8 @@ def _run(arguments: argparse.Namespace, started: float) -> int:
             complete(model, prompt, params, arguments.json)
         if arguments.verbose and model.engine.prefixes is not None:
             print(model.engine.prefixes, file=sys.stderr)
+        if arguments.verbose and model.engine.speculation is not None:
+            print(model.engine.speculation, file=sys.stderr)
         if model.executable.profile:
             print("\n".join(model.executable.profile.lines()), file=sys.stderr)
     return 0
@@ -132,7 +136,7 @@ def _load(arguments: argparse.Namespace) -> Model:
                     max_running_requests=running, prefill_chunk=None if chunk == -1 else chunk,
                     cache_memory=cache_budget(arguments), huge_pages=arguments.huge_pages,
                     verify=arguments.verify, model=arguments.model, prefix=prefix_options(arguments),
-                    report=progress.report)
+                    speculation=speculation_options(arguments), report=progress.report)
 
 
 def _sampling(model: Model, arguments: argparse.Namespace) -> SamplingParams:

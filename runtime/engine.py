@@ -18,6 +18,7 @@ from qcn_compile.runtime.prefix.cache import PrefixCache
 from qcn_compile.runtime.request import FinishReason, Request, SamplingParams
 from qcn_compile.runtime.sampler import Constraint, Sample, Sampler
 from qcn_compile.runtime.scheduler import Chunk, Scheduler, SchedulerLimits
+from qcn_compile.runtime.speculation.speculation import Speculation
 from qcn_compile.runtime.state_slots import SlotAllocator
 
 
@@ -49,7 +50,8 @@ class EngineConfig:
 class Timing:
     """Seconds of one request: from arrival to its first token, and from there to its last one.
 
-    cached_tokens: prompt tokens that the prefix cache had.
+    cached_tokens: prompt tokens that the prefix cache had. drafted, accepted: new tokens guessed, and those of them
+    that came true.
     """
 
     prompt_tokens: int
@@ -57,6 +59,8 @@ class Timing:
     first_token: float
     decode: float
     cached_tokens: int = 0
+    drafted: int = 0
+    accepted: int = 0
 
     @property
     def prefill_rate(self) -> float:
@@ -101,7 +105,7 @@ class _Live:
         now = time.perf_counter()
         first = now if self.first is None else self.first
         return Timing(len(self.request.prompt), self.request.generated, first - self.started, now - first,
-                      self.request.cached or 0)
+                      self.request.cached or 0, self.request.drafted, self.request.accepted)
 
     def cached(self) -> int:
         """Cached prompt tokens to report with the next output: once."""
@@ -113,7 +117,8 @@ class Engine:
     """Continuous batching over one runner. Not thread-safe: one thread adds, steps and aborts."""
 
     def __init__(self, runner: Runner, token_bytes: Callable[[int], bytes], config: EngineConfig,
-                 prefixes: Callable[[PageAllocator], PrefixCache] | None = None) -> None:
+                 prefixes: Callable[[PageAllocator], PrefixCache] | None = None,
+                 speculation: Speculation | None = None) -> None:
         self.config = config
         self.pages = PageAllocator(config.pages)
         self.slots = SlotAllocator(config.slots)
@@ -121,7 +126,8 @@ class Engine:
         self._runner, self._token_bytes = runner, token_bytes
         chunk = max(c.tokens for c in runner.capacities) if config.prefill_chunk is None else config.prefill_chunk
         limits = SchedulerLimits(config.slots, chunk, config.page_size, config.context_length)
-        self._scheduler = Scheduler(limits, runner.capacities, self.pages, self.slots, self.prefixes)
+        self.speculation = speculation
+        self._scheduler = Scheduler(limits, runner.capacities, self.pages, self.slots, self.prefixes, speculation)
         self._live: dict[str, _Live] = {}
         self._arrivals = 0
 
@@ -175,14 +181,15 @@ class Engine:
                 raise CapacityError("no request can run: its KV pages or state slots are held by sequences of step(); "
                                     "release those first")
             return []
-        logits = self._runner.run([self._span(chunk) for chunk in chunks])
+        logits = self._run(chunks)
         outputs = []
         row = 0
         for chunk in chunks:
-            self._scheduler.advance(chunk)
             if chunk.samples:
-                outputs.append(self._append(self._live[chunk.request.id], logits[row]))
-                row += 1
+                outputs.append(self._append(chunk, logits[row:row + chunk.rows], len(chunks)))
+                row += chunk.rows
+            else:
+                self._scheduler.advance(chunk)
         return outputs
 
     def check_integrity(self, others: Sequence[tuple[int, Sequence[int]]] = ()) -> None:
@@ -191,27 +198,56 @@ class Engine:
         if self._scheduler.unfinished != len(self._live):
             raise AssertionError("the engine and its scheduler count different requests")
 
+    def _run(self, chunks: Sequence[Chunk]) -> np.ndarray:
+        started = time.perf_counter()
+        logits = self._runner.run([self._span(chunk) for chunk in chunks])
+        if self.speculation is not None and all(chunk.request.decoding for chunk in chunks):
+            drafted = any(chunk.drafts or chunk.request.lag for chunk in chunks)
+            self.speculation.times.add(len(chunks), drafted, time.perf_counter() - started)
+        return logits
+
     def _span(self, chunk: Chunk) -> Span:
         request = chunk.request
         assert request.table is not None and request.slot is not None
-        tokens = request.tokens[request.computed:request.computed + chunk.count]
-        return Span(tokens, request.computed, request.slot, request.table.pages, int(chunk.samples))
+        tokens = [*request.tokens[request.computed:request.computed + chunk.count], *chunk.drafts]
+        return Span(tokens, request.computed, request.slot, request.table.pages, chunk.rows)
 
-    def _append(self, live: _Live, logits: np.ndarray) -> Output:
-        """Choose a request's next token, and see whether it was its last."""
+    def _append(self, chunk: Chunk, logits: np.ndarray, sequences: int) -> Output:
+        """Choose a request's next tokens, one after each row while they are those drafted; see whether it ends.
+
+        That is rejection sampling for drafts without a distribution of their own: a draft is taken with the
+        probability that it has, another token with its own.
+        """
+        request = chunk.request
+        live = self._live[request.id]
+        replayed, samples, text, reason = request.lag, [], "", None
+        for row, draft in zip(logits, (*chunk.drafts, None), strict=True):
+            sample = live.sampler.sample(row)
+            if live.first is None:
+                live.first = time.perf_counter()
+            samples.append(sample)
+            request.tokens.append(sample.token)
+            piece, reason = self._read(live, sample.token)
+            text += piece
+            if reason is not None or sample.token != draft:
+                break
+        self._scheduler.advance(chunk, len(samples))
+        if self.speculation is not None:
+            self.speculation.verified(request, len(chunk.drafts), len(samples), replayed, sequences)
+        if reason is not None:
+            return self._finish(live, reason, text, tuple(samples))
+        return Output(request.id, text, tuple(s.token for s in samples), None, tuple(samples), cached=live.cached())
+
+    def _read(self, live: _Live, token: int) -> tuple[str, FinishReason | None]:
+        """The text that a new token adds, and why the request ends with it, if it does."""
         request, params = live.request, live.request.params
-        sample = live.sampler.sample(logits)
-        if live.first is None:
-            live.first = time.perf_counter()
-        request.tokens.append(sample.token)
         ends = params.stop_token_ids if params.ignore_eos else {*params.stop_token_ids, *self.config.eos_token_ids}
-        ended = sample.token in ends
-        text = "" if ended else live.detokenizer.push((sample.token,))
-        if ended or live.detokenizer.stopped:
-            return self._finish(live, FinishReason.stop, text, (sample,))
-        if request.generated >= request.max_tokens:
-            return self._finish(live, FinishReason.length, text, (sample,))
-        return Output(request.id, text, (sample.token,), None, (sample,), cached=live.cached())
+        if token in ends:
+            return "", FinishReason.stop
+        text = live.detokenizer.push((token,))
+        if live.detokenizer.stopped:
+            return text, FinishReason.stop
+        return text, FinishReason.length if request.generated >= request.max_tokens else None
 
     def _finish(self, live: _Live, reason: FinishReason, text: str, samples: tuple[Sample, ...]) -> Output:
         text += live.detokenizer.finish()

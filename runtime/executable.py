@@ -105,7 +105,7 @@ class Executable(Plans):
         states = [array for (_, part), array in self._memory_of_caches.items() if not part]
         pages = [array for (_, part), array in self._memory_of_caches.items() if part]
         self.rows = CacheRows([array.reshape(memory.pages, -1) for array in pages],
-                              [array.reshape(memory.slots + memory.snapshots, -1) for array in states])
+                              [array.reshape(memory.all_slots, -1) for array in states])
 
     def run(self, spans: Sequence[Span]) -> np.ndarray:
         """Run one step. Returns the wanted rows' logits, f32 [R, vocab], valid until the next step.
@@ -135,7 +135,7 @@ class Executable(Plans):
                 for part in ("k", "v"):
                     caches[cache.name, part] = allocate(self._memory.pages * page_part_bytes(cache))
             else:
-                caches[cache.name, ""] = allocate((self._memory.slots + self._memory.snapshots) * cache.unit_bytes)
+                caches[cache.name, ""] = allocate(self._memory.all_slots * cache.unit_bytes)
         return caches
 
     def _bound(self, plan: Plan) -> np.ndarray:

@@ -25,8 +25,11 @@ from qcn_compile.runtime.executable import Executable
 from qcn_compile.runtime.memory import MemoryPlan, plan_memory
 from qcn_compile.runtime.prefix.build import prefix_cache
 from qcn_compile.runtime.prefix.options import PrefixOptions
+from qcn_compile.runtime.prefix.rows import Rows
 from qcn_compile.runtime.ragged import RaggedSequences
 from qcn_compile.runtime.request import SamplingParams
+from qcn_compile.runtime.speculation.options import SpeculationOptions
+from qcn_compile.runtime.speculation.speculation import Speculation
 from qcn_compile.runtime.tokenizer import FOLDER, GenerationDefaults, Tokenizer
 from qcn_compile.runtime.weights import Report, Weights
 
@@ -36,11 +39,13 @@ Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 def load(build: str | PathLike[str], *, context_length: int | None = None, max_running_requests: int = 4,
          threads: int | None = None, cache_memory: int | None = None, prefill_chunk: int | None = None,
          huge_pages: bool = False, pin: bool = False, verify: bool = False, model: str | PathLike[str] | None = None,
-         prefix: PrefixOptions | None = None, report: Report | None = None) -> Model:
+         prefix: PrefixOptions | None = None, speculation: SpeculationOptions | None = None,
+         report: Report | None = None) -> Model:
     """Open a build. `cache_memory` in bytes bounds KV pages and state slots; `prefill_chunk` prompt tokens a step.
 
     `huge_pages` copies the weights into huge pages, `pin` binds threads to cores, `verify` hashes every file, `model`
-    is the checkpoint that a build without weights takes them from, `prefix` switches the prefix cache on.
+    is the checkpoint that a build without weights takes them from, `prefix` switches the prefix cache on, `speculation`
+    drafting.
     Raises ArtifactError, CapacityError, UsageError or DeviceError with the cure in the message.
     """
     if threads is not None and threads < 1:
@@ -57,10 +62,11 @@ def load(build: str | PathLike[str], *, context_length: int | None = None, max_r
         device, executable, memory = open_cuda(path, manifest, context_length, max_running_requests, cache_memory,
                                                checkpoint, report)
     else:
-        memory = plan_memory(manifest, context_length, max_running_requests, cache_memory, prefix)
+        memory = plan_memory(manifest, context_length, max_running_requests, cache_memory, prefix,
+                             speculation is not None)
         device, executable = _open_cpu(path, manifest, memory, threads or settings.threads(), pin, huge_pages, report)
     try:
-        loaded = Model(path, manifest, device, executable, memory, prefill_chunk, prefix)
+        loaded = Model(path, manifest, device, executable, memory, prefill_chunk, prefix, speculation)
     except (QcnError, OSError):
         device.close()
         raise
@@ -85,7 +91,7 @@ class Model:
 
     def __init__(self, build: Path, manifest: Manifest, device: CpuDevice | CudaDevice,
                  executable: Executable | CudaExecutable, memory: MemoryPlan, prefill_chunk: int | None,
-                 prefix: PrefixOptions | None = None) -> None:
+                 prefix: PrefixOptions | None = None, speculation: SpeculationOptions | None = None) -> None:
         self.manifest, self.memory, self.executable = manifest, memory, executable
         self.load_seconds = 0.0
         self._build, self._device = build, device
@@ -95,7 +101,8 @@ class Model:
                               self.defaults.eos_token_ids, prefill_chunk)
         rows = executable.rows if isinstance(executable, Executable) else None
         self.engine = Engine(executable, _no_text if self._tokenizer is None else self._tokenizer.token_bytes, config,
-                             prefix_cache(build, prefix, memory, rows, self._tokenizer))
+                             prefix_cache(build, prefix, memory, rows, self._tokenizer),
+                             _speculation(speculation, memory, rows))
         self._sequences = RaggedSequences(executable, self.engine)
         self._streams: WeakValueDictionary[str, Stream] = WeakValueDictionary()
 
@@ -229,6 +236,13 @@ class Stream(Iterator[Output]):
 
     def __del__(self) -> None:
         self.close()
+
+
+def _speculation(options: SpeculationOptions | None, memory: MemoryPlan, rows: Rows | None) -> Speculation | None:
+    if options is not None and rows is None:
+        raise UsageError("--speculative-algorithm: not built yet for GPU builds")
+    return None if options is None or rows is None else Speculation(rows, memory.slots + memory.snapshots,
+                                                                    options.drafts)
 
 
 def _no_text(token: int) -> bytes:

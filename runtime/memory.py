@@ -22,6 +22,7 @@ class MemoryPlan:
     """The caches of one loaded model. Bytes are reserved; only what requests fill is touched.
 
     slots: of running sequences. snapshots: slots besides, for cached prefixes. host_bytes: for more of these.
+    backups: slots besides, for states that refused drafts are rolled back to.
     """
 
     context_length: int
@@ -32,6 +33,12 @@ class MemoryPlan:
     state_bytes: int
     snapshots: int = 0
     host_bytes: int = 0
+    backups: int = 0
+
+    @property
+    def all_slots(self) -> int:
+        """Running sequences', then snapshots', then backups."""
+        return self.slots + self.snapshots + self.backups
 
     @property
     def tokens(self) -> int:
@@ -40,6 +47,7 @@ class MemoryPlan:
 
     def __str__(self) -> str:
         prefixes = f" + {self.snapshots} for cached prefixes" if self.snapshots else ""
+        prefixes += f" + {self.backups} for refused drafts" if self.backups else ""
         host = f", {self.host_bytes / 1e6:.1f} MB of host memory for prefixes" if self.host_bytes else ""
         contexts = min(self.slots, self.tokens // self.context_length)
         return (f"KV cache {self.pages} pages x {self.page_size} = {self.tokens} tokens ({self.kv_bytes / 1e6:.1f} MB)"
@@ -49,10 +57,10 @@ class MemoryPlan:
 
 
 def plan_memory(manifest: Manifest, context_length: int | None, max_running: int, budget: int | None,
-                prefix: PrefixOptions | None = None) -> MemoryPlan:
+                prefix: PrefixOptions | None = None, speculate: bool = False) -> MemoryPlan:
     """Pages for `max_running` whole contexts, fewer when `budget` bytes (default: half of the memory) forbid it.
 
-    With `prefix` also slots for snapshots of cached prefixes.
+    With `prefix` also slots for snapshots of cached prefixes, with `speculate` a second one for each running sequence.
     Raises UsageError for a context longer than the build's, CapacityError when not even one context fits.
     """
     context = manifest.context_length if context_length is None else context_length
@@ -67,12 +75,14 @@ def plan_memory(manifest: Manifest, context_length: int | None, max_running: int
     limit = int(_memory_bytes() * DEFAULT_SHARE) if budget is None else budget
     if prefix is not None and prefix.states is not None:
         max_running = min(max_running, prefix.states)
-    snapshots = _snapshots(prefix, limit, slot_bytes, max_running, each * page_bytes)
-    left = limit - (max_running + snapshots) * slot_bytes
+    backups = max_running if speculate else 0
+    snapshots = _snapshots(prefix, limit, slot_bytes, max_running + backups, each * page_bytes)
+    states = max_running + backups + snapshots
+    left = limit - states * slot_bytes
     pages = min(max_running * each, left // page_bytes if page_bytes else max_running * each)
     if pages < each:
-        need = each * page_bytes + (max_running + snapshots) * slot_bytes
-        raise CapacityError(f"one context of {context} tokens and {max_running + snapshots} state slots need "
+        need = each * page_bytes + states * slot_bytes
+        raise CapacityError(f"one context of {context} tokens and {states} state slots need "
                             f"{need / 1e9:.3f} GB, "
                             f"the budget is {limit / 1e9:.3f} GB; lower --context-length or --max-running-requests, "
                             "or raise --cache-memory")
@@ -80,7 +90,7 @@ def plan_memory(manifest: Manifest, context_length: int | None, max_running: int
     if prefix is not None:
         host = int(_memory_bytes() * HOST_SHARE) if prefix.host_bytes is None else prefix.host_bytes
     return MemoryPlan(context, manifest.page_size, pages, max_running, pages * page_bytes,
-                      (max_running + snapshots) * slot_bytes, snapshots, host)
+                      states * slot_bytes, snapshots, host, backups)
 
 
 def _snapshots(prefix: PrefixOptions | None, limit: int, slot_bytes: int, running: int, context_bytes: int) -> int:
@@ -88,7 +98,7 @@ def _snapshots(prefix: PrefixOptions | None, limit: int, slot_bytes: int, runnin
     if prefix is None or not slot_bytes:
         return 0
     if prefix.states is not None:
-        return prefix.states - running
+        return max(0, prefix.states - running)
     by_ratio = int(limit * prefix.ratio / (1 + prefix.ratio)) // slot_bytes
     return max(0, min(by_ratio, (limit - context_bytes) // slot_bytes, running + MOST_SNAPSHOTS) - running)
 

@@ -95,7 +95,8 @@ class Request:
     """One sequence on its way: tokens = prompt then output; `computed` of them are in the caches.
 
     cached: prompt tokens that the prefix cache had when it first ran, None before. kept: boundary of its last snapshot.
-    cuts: where its chunks end for snapshots.
+    cuts: where its chunks end for snapshots. lag: accepted tokens to compute again after refused drafts.
+    drafted, accepted: tokens guessed for it, and those that came true.
     """
 
     id: str
@@ -107,6 +108,9 @@ class Request:
     computed: int = 0
     cached: int | None = None
     kept: int = 0
+    lag: int = 0
+    drafted: int = 0
+    accepted: int = 0
     cuts: Cuts = field(default_factory=Cuts)
     table: BlockTable | None = None
     slot: int | None = None
@@ -123,8 +127,12 @@ class Request:
 
     @property
     def remaining(self) -> int:
-        """Tokens not yet in the caches: 1 while decoding, more while (re)computing the prompt."""
+        """Tokens not yet in the caches: 1 and the lag while decoding, more while (re)computing the prompt."""
         return len(self.tokens) - self.computed
+
+    @property
+    def decoding(self) -> bool:
+        return self.remaining == 1 + self.lag
 
     @property
     def generated(self) -> int:

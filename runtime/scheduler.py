@@ -5,23 +5,33 @@ from __future__ import annotations
 from bisect import insort
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from qcn_compile.errors import CapacityError
 from qcn_compile.runtime.batch import Capacity
 from qcn_compile.runtime.kv_cache import BlockTable, PageAllocator
 from qcn_compile.runtime.prefix.cache import PrefixCache
 from qcn_compile.runtime.request import FinishReason, Request
+from qcn_compile.runtime.speculation.speculation import Speculation
 from qcn_compile.runtime.state_slots import SlotAllocator
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """`count` tokens of a request, from its first uncomputed one on. `samples`: its next token is chosen after."""
+    """`count` tokens of a request, from its first uncomputed one on. `samples`: its next token is chosen after.
+
+    drafts: guesses of what follows, computed along; a token is chosen after each as well.
+    """
 
     request: Request
     count: int
     samples: bool
+    drafts: tuple[int, ...] = ()
+
+    @property
+    def rows(self) -> int:
+        """Wanted rows of logits."""
+        return int(self.samples) + len(self.drafts)
 
 
 @dataclass(frozen=True)
@@ -44,10 +54,12 @@ class Scheduler:
     """
 
     def __init__(self, limits: SchedulerLimits, capacities: Sequence[Capacity], pages: PageAllocator,
-                 slots: SlotAllocator, prefixes: PrefixCache | None = None) -> None:
+                 slots: SlotAllocator, prefixes: PrefixCache | None = None,
+                 speculation: Speculation | None = None) -> None:
         self.limits = limits
         self._capacities = tuple(capacities)
-        self._pages, self._slots, self._prefixes = pages, slots, prefixes
+        self._pages, self._slots = pages, slots
+        self._prefixes, self._speculation = prefixes, speculation
         widths = range(max(c.sequences for c in capacities) + 1)
         self._decode_width = max(n for n in widths if self.room(n) >= n)
         self._mixed_width = max(n for n in widths if self.room(n + 1) == self.room(1))
@@ -77,16 +89,24 @@ class Scheduler:
         prompts = self._prompts()
         chunks = self._decodes(self._width(bool(prompts)))
         self._prefills(chunks, prompts)
+        if self._speculation is not None:
+            chunks = self._with_drafts(chunks, self._speculation)
         for chunk in chunks:
             self._served += 1
             chunk.request.last_served = self._served
         return chunks
 
-    def advance(self, chunk: Chunk) -> None:
-        """Record that a chunk was computed."""
-        chunk.request.computed += chunk.count
-        if self._prefixes is not None:
-            self._prefixes.advanced(chunk.request)
+    def advance(self, chunk: Chunk, chosen: int = 0) -> None:
+        """Record that a chunk was computed and, after it, `chosen` tokens were added: those of drafts only so far."""
+        request = chunk.request
+        if self._speculation is not None and chosen and chosen <= len(chunk.drafts):
+            self._speculation.restore(request)
+            request.lag = request.remaining - 1
+            return
+        request.computed += chunk.count + len(chunk.drafts)
+        request.lag = 0
+        if self._prefixes is not None and not chunk.samples:
+            self._prefixes.advanced(request)
 
     def finish(self, request: Request, reason: FinishReason) -> None:
         """Take a request out and give its pages and slot back."""
@@ -94,6 +114,8 @@ class Scheduler:
             self.waiting.remove(request)
         else:
             self._leave(request, store=True)
+        if self._speculation is not None:
+            self._speculation.ended(request)
         request.finish_reason = reason
 
     def check_integrity(self, others: Iterable[tuple[int, Sequence[int]]] = ()) -> None:
@@ -107,6 +129,8 @@ class Scheduler:
             raise AssertionError("a waiting request holds pages, a slot or computed tokens")
         if any(r.table is not None and r.table.missing(r.computed) for r in self.running):
             raise AssertionError("a running request has computed tokens without pages")
+        if self._speculation is not None:
+            self._speculation.check_integrity(self.running)
         written = [page for r in self.running if r.table is not None
                    for page in r.table.pages[r.computed // self.limits.page_size:].tolist()]
         held = Counter(page for table in tables for page in table)
@@ -121,7 +145,7 @@ class Scheduler:
 
     def _prompts(self) -> list[Request]:
         """Prompts in progress, then waiting requests that find a slot, the first of them also pages."""
-        started = sorted((r for r in self.running if r.remaining > 1), key=lambda r: r.arrival)
+        started = sorted((r for r in self.running if not r.decoding), key=lambda r: r.arrival)
         startable = max(0, min(self._slots.free, self.limits.max_running - len(self.running)))
         if startable and self.waiting and not self._fits(self.waiting[0]):
             startable = 0
@@ -136,12 +160,39 @@ class Scheduler:
     def _decodes(self, width: int) -> list[Chunk]:
         chosen: list[Request] = []
         for request in sorted(self.running, key=lambda r: (r.last_served, r.arrival)):
-            if request.remaining == 1 and request.slot is not None and len(chosen) < width:
+            if request.decoding and request.slot is not None and len(chosen) < width:
+                used = sum(r.remaining for r in chosen)
+                if used + request.remaining > self.room(len(chosen) + 1):
+                    continue
                 self._make_room(request)
                 chosen = [r for r in chosen if r.slot is not None]
                 if request.slot is not None:
                     chosen.append(request)
-        return [Chunk(request, 1, True) for request in chosen]
+        return [Chunk(request, request.remaining, True) for request in chosen]
+
+    def _with_drafts(self, chunks: list[Chunk], speculation: Speculation) -> list[Chunk]:
+        """Add drafts to decoding requests as far as a plan and the free pages hold them."""
+        tokens, rows = sum(chunk.count for chunk in chunks), sum(chunk.rows for chunk in chunks)
+        drafted = []
+        for chunk in chunks:
+            request = chunk.request
+            if chunk.samples and request.decoding and request.generated:
+                room = self._draft_room(tokens, len(chunks), rows, speculation.count)
+                drafts = speculation.draft(request, room)
+                length = len(request.tokens) + len(drafts)
+                assert request.table is not None
+                if drafts and request.table.missing(length) <= self._pages.free:
+                    request.table.grow(length)
+                    speculation.save(request)
+                    chunk = replace(chunk, drafts=drafts)
+                    tokens, rows = tokens + len(drafts), rows + len(drafts)
+            drafted.append(chunk)
+        return drafted
+
+    def _draft_room(self, tokens: int, sequences: int, rows: int, most: int) -> int:
+        """How many drafts a plan still holds in a step."""
+        return max((n for n in range(most + 1)
+                    if any(c.holds(tokens + n, sequences, rows + n) for c in self._capacities)), default=0)
 
     def _make_room(self, request: Request) -> None:
         """Pages for the request's next token, preempting later arrivals, and at last itself."""
@@ -163,6 +214,8 @@ class Scheduler:
         assert request.table is not None and request.slot is not None
         if self._prefixes is not None:
             self._prefixes.keep(request, store=store)
+        if self._speculation is not None:
+            self._speculation.left(request)
         request.table.release()
         self._slots.release(request.slot)
         request.table = request.slot = None

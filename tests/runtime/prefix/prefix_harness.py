@@ -9,6 +9,7 @@ from qcn_compile.runtime.engine import Engine, EngineConfig
 from qcn_compile.runtime.prefix.cache import PrefixCache
 from qcn_compile.runtime.prefix.policy import SnapshotPolicy
 from qcn_compile.runtime.prefix.rows import CacheRows
+from qcn_compile.runtime.speculation.speculation import Speculation
 
 VOCAB, PAGE, CONTEXT, OPEN = 64, 4, 240, 63
 PLANS = (Capacity(1, 1, 1), Capacity(8, 8, 8), Capacity(32, 6, 12))
@@ -60,15 +61,18 @@ def policy(**fields):
     return SnapshotPolicy(**{**usual, **fields})
 
 
-def engine(pages=400, slots=8, snapshots=200, host=1 << 20, files=None, rules=None, eos=frozenset({0}), **fields):
-    """An engine with a prefix cache; `snapshots` None: without one."""
-    runner = Hashing(pages, slots + (snapshots or 0))
+def engine(pages=400, slots=8, snapshots=200, host=1 << 20, files=None, rules=None, eos=frozenset({0}), plans=PLANS,
+           drafter=None, drafts=4, **fields):
+    """An engine with a prefix cache; `snapshots` None: without one. With a drafter, one that speculates."""
+    base = slots + (snapshots or 0)
+    runner = Hashing(pages, base + slots, plans)
+    speculation = None if drafter is None else Speculation(runner.rows, base, drafts, drafter)
     config = EngineConfig(VOCAB, PAGE, CONTEXT, pages, slots, eos, **fields)
     made = None
     if snapshots is not None:
         def made(allocator):
             return PrefixCache(allocator, runner.rows, rules or policy(), range(slots, slots + snapshots), host, files)
-    built = Engine(runner, lambda token: bytes([97 + token % 26]), config, made)
+    built = Engine(runner, lambda token: bytes([97 + token % 26]), config, made, speculation)
     built.runner = runner
     return built
 
