@@ -20,7 +20,7 @@ from qcn_compile.frontend.checkpoint import Located, locate
 from qcn_compile.ir.graph import Graph
 from qcn_compile.ir.types import DType
 from qcn_compile.ir.verify import verify
-from qcn_compile.lowering.buckets import default_buckets
+from qcn_compile.lowering.buckets import buckets_for
 from qcn_compile.lowering.decide import Decision, decide
 from qcn_compile.lowering.late import deferred
 from qcn_compile.lowering.plan import blobs_of, make_plan
@@ -98,7 +98,7 @@ def compile(model: str | Path | None = None, target: str = "cpu", output: str | 
     with clock.stage("passes"):
         graphs = [_optimise(graph, decision, context, options) for graph in _entries(traced, options.mtp)]
     with clock.stage("schedule"):
-        schedules = [schedule(graph, bucket, chosen) for graph in graphs for bucket in default_buckets()]
+        schedules = [schedule(graph, bucket, chosen) for graph in graphs for bucket in buckets_for(chosen.kind)]
     with building(Path(output), options.force) as scratch:
         manifest = _write(scratch, traced, chosen, decision, schedules, mode, clock, tell)
         write_report(scratch, graphs, context, decision, schedules, options.tracing)

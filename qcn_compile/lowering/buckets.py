@@ -7,7 +7,9 @@ from qcn_compile.targets.base import Bucket
 
 DECODE = (1, 8)
 PREFILL = (64, 512)
+GPU_PREFILL = (64, 512, 2048)  # a long chunk reads the experts once for more tokens
 MAX_SEQUENCES = 256
+MAX_ROWS = 512  # of logits in one step
 
 
 def default_buckets(decode: tuple[int, ...] = DECODE, prefill: tuple[int, ...] = PREFILL) -> list[Bucket]:
@@ -16,4 +18,9 @@ def default_buckets(decode: tuple[int, ...] = DECODE, prefill: tuple[int, ...] =
     if any(n < 1 for n in sizes) or sizes != sorted(set(sizes)):
         raise UsageError(f"bucket sizes {sizes} must rise and be positive")
     return ([Bucket(f"decode-{n}", n, n, n) for n in decode]
-            + [Bucket(f"prefill-{n}", n, min(n, MAX_SEQUENCES), n) for n in prefill])
+            + [Bucket(f"prefill-{n}", n, min(n, MAX_SEQUENCES), min(n, MAX_ROWS)) for n in prefill])
+
+
+def buckets_for(kind: str) -> list[Bucket]:
+    """The buckets of a kind of target."""
+    return default_buckets(prefill=GPU_PREFILL) if kind == "gpu" else default_buckets()
