@@ -146,7 +146,7 @@ def test_full_model() -> None:
             _time_plans(model, name)
             if name == "full":
                 _tuned(model, best)
-                for steps in (1, 512):
+                for steps in (1, 1024):
                     executable.profile = Profile()
                     _step(model, steps)
                     _step(model, steps)
@@ -186,14 +186,14 @@ def _time_plans(model: Any, build: str) -> None:
     say(f"{build}: time to first token, 1024 prompt {1e3 * first:.1f} ms; {count} tokens, {1e3 * wall:.3f} ms each "
         f"through the engine ({1 / wall:.0f} tokens/s)")
     _report(model, build, "decode-1", 1)
-    for name in ("decode-8", "prefill-512"):
+    for name in ("decode-8", "prefill-512", "prefill-2048"):
         tokens = model.executable.plan(name).tokens
         if name == "decode-8":
             model.step([(f"s{i}", [5 + i]) for i in range(8)])
             for i in range(8):
                 model.release(f"s{i}")
         else:
-            model.generate(prompt[:512], temperature=0.0, max_tokens=1).text()
+            model.generate((2 * prompt)[:tokens], temperature=0.0, max_tokens=1).text()
         _report(model, build, name, tokens)
     model.generate(prompt, temperature=0.0, max_tokens=2).text()
 
@@ -201,8 +201,8 @@ def _time_plans(model: Any, build: str) -> None:
 def _report(model: Any, build: str, name: str, tokens: int) -> None:
     plan, seconds = model.executable.plan(name), _events(model, name)
     moved = sum(launch.bytes for launch in plan.launches)
-    say(f"{build} {name}: {1e3 * seconds:.3f} ms a step by events, {tokens / seconds:.0f} tokens/s, {moved / 1e9:.2f} GB "
-        f"counted, {moved / seconds / 1e9:.0f} GB/s, {len(plan.launches)} launches")
+    say(f"{build} {name}: {1e3 * seconds:.3f} ms a step by events, {tokens / seconds:.0f} tokens/s, "
+        f"{moved / 1e9:.2f} GB counted, {moved / seconds / 1e9:.0f} GB/s, {len(plan.launches)} launches")
 
 
 def _tuned(model: Any, best: dict[str, Any]) -> None:

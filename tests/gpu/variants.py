@@ -15,7 +15,7 @@ CHOICES: dict[str, tuple[dict[str, int], ...]] = {
     "gemv": tuple({"BN": n, "BK": k, "WARPS": w} for n, k, w in TILES),
     "gemv_pair": tuple({"BN": n, "BK": k, "WARPS": w} for n, k, w in TILES),
     "moe_up": tuple({"BF": n, "BK": k, "WARPS": w} for n, k, w in TILES),
-    "moe_down": tuple({"BH": n, "WARPS": w} for n, w in ((1, 1), (1, 2), (2, 1), (2, 2), (4, 2), (4, 4), (8, 4), (8, 8))),
+    "moe_down": tuple({"BH": n, "WARPS": w} for n, w in ((1, 1), (1, 2), (2, 1), (2, 2), (4, 2), (4, 4), (8, 4))),
     "delta_one": tuple({"WARPS": w} for w in (4, 8, 16)),
     "moe_route": tuple({"WARPS": w} for w in (1, 2, 4)),
     "rope_append": tuple({"WARPS": w} for w in (1, 2, 4)),

@@ -184,12 +184,18 @@ def delta_rule(mixed, b, a, decay, dt_bias, state, o, cu, context_lens, slots, c
         at = state + (tl.load(slots + s).to(tl.int64) * HV + h) * (DK * DV) + ik[:, None] * DV + iv[None, :]
         st = tl.load(at, mask=(context > 0) & (ik[:, None] >= 0), other=0.0)
         head_decay, head_bias = tl.load(decay + h), tl.load(dt_bias + h)
-        for t in range(tl.load(cu + s), tl.load(cu + s + 1)):
-            row = mixed + t * channels
-            q = tl.load(row + group * DK + ik).to(tl.float32)
-            k = tl.load(row + HK * DK + group * DK + ik).to(tl.float32)
-            v = tl.load(row + 2 * HK * DK + h * DV + iv).to(tl.float32)
-            st, out = step(st, q, k, v, tl.load(a + t * SA + h).to(tl.float32),
-                           tl.load(b + t * SB + h).to(tl.float32), head_decay, head_bias, DK)
+        start, stop = tl.load(cu + s), tl.load(cu + s + 1)
+        cq, ck, cv = group * DK + ik, HK * DK + group * DK + ik, 2 * HK * DK + h * DV + iv
+        row = mixed + start * channels
+        q, k, v = tl.load(row + cq), tl.load(row + ck), tl.load(row + cv)
+        head_a, head_b = tl.load(a + start * SA + h), tl.load(b + start * SB + h)
+        for t in range(start, stop):
+            after = tl.minimum(t + 1, stop - 1)  # the next token is on its way while this one is worked on
+            row = mixed + after * channels
+            next_q, next_k, next_v = tl.load(row + cq), tl.load(row + ck), tl.load(row + cv)
+            next_a, next_b = tl.load(a + after * SA + h), tl.load(b + after * SB + h)
+            st, out = step(st, q.to(tl.float32), k.to(tl.float32), v.to(tl.float32), head_a.to(tl.float32),
+                           head_b.to(tl.float32), head_decay, head_bias, DK)
             tl.store(o + t * (HV * DV) + h * DV + iv, out.to(tl.bfloat16))
+            q, k, v, head_a, head_b = next_q, next_k, next_v, next_a, next_b
         tl.store(at, st)

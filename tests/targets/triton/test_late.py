@@ -65,8 +65,9 @@ def _checkpoint(folder: Path) -> dict[str, np.ndarray]:
     header = raw[8:8 + length].replace(b'"U16"', b'"BF16"')
     (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + raw[8 + length:])
     wide = {name: (data.astype(np.uint32) << 16).view(np.float32) for name, data in bits.items()}
-    wide["model.layers.0.mlp.experts.gate_up_proj"] = np.stack([np.concatenate(
-        [wide[f"model.layers.0.mlp.experts.{e}.{part}.weight"] for part in ("gate_proj", "up_proj")]) for e in range(3)])
+    stem = "model.layers.0.mlp.experts"
+    wide[f"{stem}.gate_up_proj"] = np.stack([np.concatenate(
+        [wide[f"{stem}.{e}.{part}.weight"] for part in ("gate_proj", "up_proj")]) for e in range(3)])
     return wide
 
 
