@@ -1,0 +1,1 @@
+"""`qcn-bench`: a load generator for any OpenAI-compatible server. Standard library alone."""
