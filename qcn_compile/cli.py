@@ -39,6 +39,9 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--mtp", action="store_true", help="also build the MTP draft head")
     top.add_argument("--force", action="store_true", help="replace an output directory that is no build of ours")
     top.add_argument("--json", action="store_true", help="print the result as one JSON object")
+    top.add_argument("--emit", default="build", choices=["build", "onnx"],
+                     help="build: an artifact for qcn-run (default); onnx: a folder (default: build-onnx) with the "
+                     "unfused graph of one sequence, caches as inputs and outputs")
     top.add_argument("--plugin", action="append", default=[], type=Path, metavar="FILE",
                      help="Python file with passes, ops or kernels; may be repeated")
     debug = top.add_argument_group("looking inside")
@@ -75,18 +78,29 @@ def _run(args: argparse.Namespace) -> int:
     from qcn_compile.pipeline import Tracing
     from qcn_compile.plugins import load_plugins
 
+    if args.emit == "onnx":
+        return _emit_onnx(args)
     load_plugins(args.plugin)  # they may bring passes that other flags name
     for name in filter(lambda n: n not in ("", "all"), [args.print_ir_after, args.stop_after, *args.disable_pass]):
         if name not in REGISTRY:
             raise UsageError(f"no pass named {name!r}; known: {', '.join(sorted(REGISTRY))}")
     tracing = Tracing(args.verify, tuple(filter(None, [args.print_ir_after])), args.dump_dir, args.stop_after)
     options = Options(dtype=args.dtype, quant=args.quant, activations=args.activations, mcpu=args.mcpu,
-                      context_length=args.context_length, mtp=args.mtp, weights=args.weights, force=args.force, tracing=tracing,
-                      disabled=tuple(args.disable_pass), plugins=tuple(args.plugin))
+                      context_length=args.context_length, mtp=args.mtp, weights=args.weights, force=args.force,
+                      tracing=tracing, disabled=tuple(args.disable_pass), plugins=tuple(args.plugin))
     if args.stop_after:
         return _stop_after(args, options)
     built = compile(args.model, args.target, args.output, options, None if args.json else progress_bars())
     _tell(args, built, tracing)
+    return 0
+
+
+def _emit_onnx(args: argparse.Namespace) -> int:
+    from qcn_compile.onnx.emit import emit
+
+    made = emit(args.model, Path("build-onnx" if args.output == "build" else args.output), args.force)
+    size = sum(file.stat().st_size for file in made.iterdir())
+    print(json.dumps({"path": str(made)}) if args.json else f"wrote {made}/model.onnx, {size / 1e6:.1f} MB in all")
     return 0
 
 

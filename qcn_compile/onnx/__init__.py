@@ -1,0 +1,1 @@
+"""`--emit onnx`: the unfused graph for one sequence, in standard ONNX ops, caches as inputs and outputs."""
