@@ -1,0 +1,1 @@
+"""Benchmarks: each runs from one command, prints machine, versions and commit, and judges nothing."""
