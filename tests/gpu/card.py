@@ -89,7 +89,8 @@ class Card:
     def numbers(self) -> dict[str, int]:
         """Input arrays of one token of one sequence with 1023 tokens before it, by the kernels' names for them."""
         arrays = {"counts": [1, 1, 1, 64], "cu": [0, 1], "context_lens": [1023], "slots": [0], "token_seq": [0],
-                  "block_table": list(range(64)), "ids": [46 * i % 512 for i in range(1, 11)] + [512]}
+                  "block_table": list(range(64)), "ids": [46 * i % 512 for i in range(1, 11)] + [512],
+                  "rows": [0]}
         places = {}
         for name, values in arrays.items():
             places[name] = self.device.allocate(4096)

@@ -49,6 +49,17 @@ def reference(model: Path) -> None:
     (OUT / "reference.json").write_text(json.dumps([{"prompt": ids, "new": new} for ids, new, _ in rows]))
 
 
+def _unfused(target: str) -> None:
+    """The full build again, with norms in launches of their own: what fusing them is worth."""
+    from unittest import mock
+
+    from qcn_compile import compile
+    from qcn_compile.targets.triton.target import GpuTarget
+
+    with mock.patch.object(GpuTarget, "specialise", lambda self, ops, outputs, bucket: list(ops)):
+        compile(None, target, OUT / "full-plain", weights="dummy", quant="fp8", force=True)
+
+
 def main() -> None:
     """Everything, or the parts that are named."""
     from qcn_compile import compile
@@ -66,6 +77,7 @@ def main() -> None:
             compile(args.model, args.target, OUT / f"tiny-{quant}", quant=quant, weights="late", force=True)
     if "full" in args.parts:
         compile(None, args.target, OUT / "full", weights="dummy", quant="fp8", force=True)
+        _unfused(args.target)
     if "cases" in args.parts:
         cases(args.target)
 

@@ -9,7 +9,7 @@ import json
 import os
 import sys
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -112,8 +112,11 @@ def measured(card: Any) -> dict[str, list[tuple[float, Any]]]:
     slab, ints = card.slab(), card.numbers()
     say(f"{card.device}: device copy {card.copy_bandwidth(slab):.0f} GB/s")
     found = defaultdict(list)
-    for row in json.loads((BUILDS / "variants.json").read_text()):
-        v = Variant.from_json(row)
+    every = [Variant.from_json(row) for row in json.loads((BUILDS / "variants.json").read_text())]
+    choices = Counter(v.base for v in every)
+    for v in every:
+        if choices[v.base] == 1:  # nothing to choose between
+            continue
         size = max(v.bytes, 1 << 20)
         seconds = card.seconds(card.variant(v.kernel, v.grid, slab, ints, size)) / REPEAT
         found[v.base].append((seconds, v))
@@ -127,32 +130,43 @@ def measured(card: Any) -> dict[str, list[tuple[float, Any]]]:
     return found
 
 
-def test_full_model() -> None:
-    from card import Card
-
+@pytest.mark.parametrize("name", ["full-plain", "full"])
+def test_full_model(name: str) -> None:
+    """The full-size model with random weights: times of every plan, time of every kernel, many steps."""
     from qcn_compile import load
     from qcn_compile.runtime.profile import Profile
 
+    if not (BUILDS / name).is_dir():
+        pytest.skip(f"no build {name}")
+    started = time.perf_counter()
+    with load(BUILDS / name, context_length=8192, max_running_requests=10) as model:
+        say(f"{name}: {model.describe()}; {time.perf_counter() - started:.1f} s")
+        _time_plans(model, name)
+        if name == "full":
+            for steps in (1, 1024):
+                model.executable.profile = Profile()
+                _step(model, steps)
+                _step(model, steps)
+                say("\n".join(model.executable.profile.lines()))
+                model.executable.profile = None
+            _endurance(model)
+
+
+def test_variants() -> None:
+    """Other tiles for every kernel of the plan for one token, and the whole step with the fastest of each."""
+    from card import Card
+
+    from qcn_compile import load
+
     card = Card(BUILDS / "kernels")
-    best = {base: rows[0][1] for base, rows in measured(card).items()}
-    card.device.close()
-    for name in ("full-plain", "full"):
-        if not (BUILDS / name).is_dir():
-            continue
-        started = time.perf_counter()
-        with load(BUILDS / name, context_length=8192, max_running_requests=10) as model:
-            say(f"{name}: {model.describe()}; {time.perf_counter() - started:.1f} s")
-            executable = model.executable
-            _time_plans(model, name)
-            if name == "full":
-                _tuned(model, best)
-                for steps in (1, 1024):
-                    executable.profile = Profile()
-                    _step(model, steps)
-                    _step(model, steps)
-                    say("\n".join(executable.profile.lines()))
-                    executable.profile = None
-                _endurance(model)
+    try:
+        best = {base: rows[0][1] for base, rows in measured(card).items()}
+    finally:
+        card.device.close()
+    with load(BUILDS / "full", context_length=8192, max_running_requests=10) as model:
+        model.generate(list(range(1, 1025)), temperature=0.0, max_tokens=2).text()
+        _report(model, "full", "decode-1", 1)
+        _tuned(model, best)
 
 
 def _step(model: Any, tokens: int) -> None:
