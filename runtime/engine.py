@@ -175,13 +175,16 @@ class Engine:
 
     def step(self) -> list[Output]:
         """Run one step and return what it added. Raises CapacityError when requests wait and none can ever run."""
+        started = time.perf_counter()
         chunks = self._scheduler.schedule()
         if not chunks:
             if self.unfinished:
                 raise CapacityError("no request can run: its KV pages or state slots are held by sequences of step(); "
                                     "release those first")
             return []
-        logits = self._run(chunks)
+        decoding = all(chunk.request.decoding for chunk in chunks)
+        drafted = any(chunk.drafts or chunk.request.lag for chunk in chunks)
+        logits = self._runner.run([self._span(chunk) for chunk in chunks])
         outputs = []
         row = 0
         for chunk in chunks:
@@ -190,6 +193,8 @@ class Engine:
                 row += chunk.rows
             else:
                 self._scheduler.advance(chunk)
+        if self.speculation is not None and decoding:
+            self.speculation.times.add(len(chunks), drafted, time.perf_counter() - started)
         return outputs
 
     def check_integrity(self, others: Sequence[tuple[int, Sequence[int]]] = ()) -> None:
@@ -197,14 +202,6 @@ class Engine:
         self._scheduler.check_integrity(others)
         if self._scheduler.unfinished != len(self._live):
             raise AssertionError("the engine and its scheduler count different requests")
-
-    def _run(self, chunks: Sequence[Chunk]) -> np.ndarray:
-        started = time.perf_counter()
-        logits = self._runner.run([self._span(chunk) for chunk in chunks])
-        if self.speculation is not None and all(chunk.request.decoding for chunk in chunks):
-            drafted = any(chunk.drafts or chunk.request.lag for chunk in chunks)
-            self.speculation.times.add(len(chunks), drafted, time.perf_counter() - started)
-        return logits
 
     def _span(self, chunk: Chunk) -> Span:
         request = chunk.request

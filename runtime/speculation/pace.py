@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 _WEIGHT = 0.15  # of the newest value in a moving average
-_PATIENCE = 6  # draft steps of a request before it is judged
-_PAUSE, _LONGEST_PAUSE = 16, 512  # steps without drafts after they did not pay: doubled each time
+_PATIENCE, _RETRY = 4, 2  # draft steps of a request before it is judged, at first and after a pause
+_PAUSE, _LONGEST_PAUSE = 32, 1024  # steps without drafts after they did not pay: doubled each time
 _GUESS = 1.3  # a verifying step over a plain one, before both were measured
 
 
@@ -54,6 +54,6 @@ class Pace:
             return
         if self.gain < ratio:
             self.pause, self.length = self.length, min(2 * self.length, _LONGEST_PAUSE)
-            self.steps, self.gain = 0, None
+            self.steps, self.gain = _PATIENCE - _RETRY, None
         else:
             self.length = _PAUSE
