@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qcn_compile.inspect.build import Build
+from qcn_compile.inspect.sass import gpu_code
 
 HEAD = re.compile(r"^([0-9a-f]+) <(.+)>:$")
 LINE = re.compile(r"^\s+([0-9a-f]+):\s+(?:[0-9a-f]{2} )*\s*(\S+)(?:\s+(.*))?$")
@@ -26,11 +27,12 @@ def kernels(build: Build) -> list[dict[str, Any]]:
             row["bytes"][name] = row["bytes"].get(name, 0) + launch.bytes
             if (op := launch.op.split()[0]) not in row["ops"]:
                 row["ops"].append(op)
-    code = instructions(build, list(table))
+    code, gpu = instructions(build, list(table)), gpu_code(build)
     for name, row in table.items():
         row["source"] = source(build, name)
         if name in code:
             row["code"] = code[name]
+        row |= gpu.get(name, {})
     return sorted(table.values(), key=lambda row: -max(row["bytes"].values()))
 
 

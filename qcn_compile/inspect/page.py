@@ -68,7 +68,7 @@ def drawn(graph: Graph, plan: Plan | None, old: set[str], measured: list[dict[st
 
 
 def _key(op: Op) -> str:
-    return f"{op.name} %{op.results[0].name}"
+    return f"%{op.results[0].name}"
 
 
 def _columns(view: Any) -> dict[int, int]:
@@ -88,10 +88,11 @@ def _names(view: Any, columns: dict[int, int]) -> dict[int, str]:
 
 
 def _work(plan: Plan | None) -> dict[str, dict[str, Any]]:
-    """Kernels, bytes and FLOPs of each op of a plan."""
+    """Kernels, bytes and FLOPs of each op of a plan, by its first result: a target may have renamed the op."""
     table: dict[str, dict[str, Any]] = {}
     for launch in plan.launches if plan else ():
-        row = table.setdefault(launch.op, {"kernels": (), "bytes": 0, "flops": 0})
+        name, _, value = launch.op.partition(" ")
+        row = table.setdefault(value, {"op": name, "kernels": (), "bytes": 0, "flops": 0})
         row["kernels"] += (launch.kernel,)
         row["bytes"] += launch.bytes
         row["flops"] += launch.flops
@@ -109,8 +110,8 @@ def points(build: Build, measured: list[dict[str, Any]]) -> dict[str, list[dict[
     for plan in build.plans:
         times = _times(plan, measured)
         rows: dict[Any, dict[str, Any]] = {}
-        for op, row in _work(plan).items():
-            key = (op.split()[0], row["kernels"])
+        for row in _work(plan).values():
+            key = (row["op"], row["kernels"])
             entry = rows.setdefault(key, {"op": key[0], "kernels": list(key[1]), "calls": 0, "bytes": row["bytes"],
                                           "flops": row["flops"], "seconds": times.get(key[1])})
             entry["calls"] += 1

@@ -22,7 +22,9 @@ def summary(data: dict[str, Any]) -> Iterator[str]:
     """The first thing to look at."""
     decision, target = data["decision"], data["target"]
     yield f"{data['path']}: {data['model']} for {target['name']} ({target.get('mcpu') or target.get('arch') or ''})"
-    yield (f"  weights {size(data['bytes']['weights'])}, stored {decision['base']}"
+    mode = data["weights"]
+    stored = size(data["bytes"]["weights"] if mode == "copied" else decision["weight_bytes"])
+    yield (f"  weights {stored}{'' if mode == 'copied' else f' ({mode})'}, stored {decision['base']}"
            + ("" if decision["format"] == "none" else f" and {decision['format']} x {decision['activations']}")
            + f"; kernels {size(data['bytes']['kernels'])}; context {data['context_length']}")
     for kind, count in data["caches"].items():
@@ -54,12 +56,23 @@ def kernels(data: list[dict[str, Any]]) -> Iterator[str]:
            f"{'moved':>10}  kernel (ops); an op's bytes count at its first kernel")
     for row in data:
         code = row.get("code")
+        if code is not None and "widest" not in code:
+            yield from _gpu_kernel(row)
+            continue
         numbers = " " * 56 if code is None else (
             f"{size(code['bytes']):>9} {code['instructions']:6} {code['vector'] / max(code['instructions'], 1):7.0%} "
             f"{code['fma']:5} {code['memory']:5} {code['branches']:6} {code['calls']:5} {code['widest']:5} ")
         yield f"{numbers}{size(max(row['bytes'].values())):>10}  {row['kernel']} ({', '.join(row['ops'])})"
         if row["source"]:
             yield f"{'':67}{row['source']}"
+
+
+def _gpu_kernel(row: dict[str, Any]) -> Iterator[str]:
+    """A GPU kernel: code bytes, then whatever is known of it by name."""
+    facts = ", ".join(f"{key} {value}" for key, value in row["code"].items() if key != "bytes")
+    moved = size(max(row["bytes"].values()))
+    yield f"{size(row['code']['bytes']):>9} {moved:>10}  {row['kernel']} ({', '.join(row['ops'])})"
+    yield f"{'':22}{row['source']}: {facts}"
 
 
 def memory(data: dict[str, Any]) -> Iterator[str]:

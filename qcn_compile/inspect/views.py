@@ -18,7 +18,7 @@ def summary(build: Build) -> dict[str, Any]:
     manifest = build.manifest
     return {"path": str(build.path), "model": manifest.model["name"], "target": manifest.target,
             "context_length": manifest.context_length, "vocab_size": manifest.vocab_size,
-            "decision": build.report["decision"], "tools": manifest.tools,
+            "weights": manifest.weights["mode"], "decision": build.report["decision"], "tools": manifest.tools,
             "bytes": {part: _bytes(build, part) for part in ("weights", "kernels", "plan", "ir", "tokenizer")},
             "caches": dict(Counter(cache.kind for cache in manifest.caches)),
             "cache_bytes": {kind: sum(c.unit_bytes for c in manifest.caches if c.kind == kind)

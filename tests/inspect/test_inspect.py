@@ -78,6 +78,16 @@ def test_instructions_are_counted(build: Path, capsys: pytest.CaptureFixture[str
     assert all((build / row["source"]).is_file() for row in rows)
 
 
+def test_sass_is_counted(tmp_path: Path) -> None:
+    from qcn_compile.inspect.sass import counts, disassembler
+
+    tool = tmp_path / "nvdisasm"
+    tool.write_text("#!/bin/sh\nprintf '  /*0000*/ @P0 LDG.E R1, [R2] ;\\n  /*0010*/ HMMA.16816.F32 R4 ;\\n label:\\n'\n")
+    tool.chmod(0o755)
+    assert counts(str(tool), tmp_path) == {"instructions": 2, "tensor": 1, "fma": 0, "memory": 1, "branches": 0}
+    assert disassembler() is None or Path(disassembler()).is_file()
+
+
 def test_memory_matches_the_plans(build: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = json.loads(run("memory", str(build), "--json", capsys=capsys))
     for plan in Build.open(build).plans:
