@@ -39,6 +39,11 @@ def hub_cache() -> Path:
     return Path(home) / "hub"
 
 
+def cache_home() -> Path:
+    """`XDG_CACHE_HOME`: where builds of checkpoints given to qcn-run are kept, in a folder of ours."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache"))
+
+
 def offline() -> bool:
     """`HF_HUB_OFFLINE`: 1 forbids any download."""
     return os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes")

@@ -1,4 +1,4 @@
-"""`qcn-run`: stream an answer, chat with, or serve an artifact made by qcn-compile."""
+"""`qcn-run`: stream an answer, chat with, or serve a build of qcn-compile, or a checkpoint, which it compiles first."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from qcn_compile.errors import QcnError, UsageError
+from qcn_compile.runtime.checkpoint import Checkpoint, add_checkpoint_flags, find_checkpoint
 from qcn_compile.runtime.prefix.options import add_prefix_flags, prefix_options
 from qcn_compile.runtime.server.flags import add_server_flags, cache_budget
+from qcn_compile.runtime.server.sglang import add_sglang_flags, check_sglang_flags
 from qcn_compile.runtime.speculation.options import add_speculation_flags, speculation_options
 
 if TYPE_CHECKING:
@@ -29,6 +31,7 @@ EXAMPLES = """examples:
   qcn-run build/ --prompt - --temperature 0 < prompt.txt
   qcn-run build/ --chat
   qcn-run build/ --port 8000
+  qcn-run Qwen/Qwen3-Coder-Next --port 8000
 """
 
 
@@ -43,7 +46,8 @@ def parser() -> argparse.ArgumentParser:
     """The command line. Sampling defaults are the model's own, from its generation_config.json."""
     p = _Parser("qcn-run", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
                 allow_abbrev=False)
-    p.add_argument("build", type=Path, help="folder written by qcn-compile")
+    p.add_argument("build", type=Path, nargs="?", metavar="BUILD",
+                   help="folder written by qcn-compile; or a checkpoint's folder or Hugging Face name")
     mode = p.add_argument_group("what to do (one of)").add_mutually_exclusive_group(required=True)
     mode.add_argument("--prompt", metavar="TEXT", help="continue this text; - reads it from stdin")
     mode.add_argument("--chat", action="store_true", help="chat line by line; /clear forgets, /exit leaves")
@@ -59,7 +63,8 @@ def parser() -> argparse.ArgumentParser:
     s.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same text")
     s.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated")
     m = p.add_argument_group("machine")
-    m.add_argument("--model", type=Path, metavar="DIR", help="checkpoint for a build made with --weights late")
+    m.add_argument("--model", "--model-path", type=Path, metavar="DIR",
+                   help="checkpoint for a build made with --weights late; without BUILD: what to run")
     m.add_argument("--threads", type=int, metavar="N", help="default: QCN_THREADS, or all cores of this process")
     m.add_argument("--context-length", type=int, metavar="N", help="tokens a sequence may have (default: the build's)")
     m.add_argument("--max-running-requests", type=int, metavar="N",
@@ -71,6 +76,8 @@ def parser() -> argparse.ArgumentParser:
     add_prefix_flags(p)
     add_speculation_flags(p)
     add_server_flags(p)
+    add_checkpoint_flags(p)
+    add_sglang_flags(p)
     o = p.add_argument_group("output")
     o.add_argument("--json", action="store_true", help="one JSON object a line: every piece, then usage and timing")
     o.add_argument("--profile", action="store_true", help="time of every kernel, on stderr")
@@ -96,14 +103,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace, started: float) -> int:
+    check_sglang_flags(arguments)
+    checkpoint = find_checkpoint(arguments)
     if arguments.port is not None:
         from qcn_compile.runtime.server.launch import serve
 
-        return serve(arguments, lambda: _load(arguments))
+        return serve(arguments, lambda: _load(arguments, checkpoint))
     from qcn_compile.runtime.profile import Profile
     from qcn_compile.runtime.terminal import chat, complete
 
-    with _load(arguments) as model:
+    with _load(arguments, checkpoint) as model:
         params = _sampling(model, arguments)
         model.load_seconds = time.perf_counter() - started
         if arguments.verbose:
@@ -124,10 +133,13 @@ def _run(arguments: argparse.Namespace, started: float) -> int:
     return 0
 
 
-def _load(arguments: argparse.Namespace) -> Model:
+def _load(arguments: argparse.Namespace, checkpoint: Checkpoint | None) -> Model:
     from qcn_compile.runtime.loaded import load
     from qcn_compile.runtime.progress import Progress
 
+    prefix, speculation = prefix_options(arguments), speculation_options(arguments)
+    if checkpoint is not None:
+        checkpoint.compile()
     running, chunk = arguments.max_running_requests, arguments.prefill_chunk
     if running is None:
         running = RUNNING if arguments.port is None else SERVED
@@ -135,8 +147,8 @@ def _load(arguments: argparse.Namespace) -> Model:
         return load(arguments.build, context_length=arguments.context_length, threads=arguments.threads,
                     max_running_requests=running, prefill_chunk=None if chunk == -1 else chunk,
                     cache_memory=cache_budget(arguments), huge_pages=arguments.huge_pages,
-                    verify=arguments.verify, model=arguments.model, prefix=prefix_options(arguments),
-                    speculation=speculation_options(arguments), report=progress.report)
+                    verify=arguments.verify, model=arguments.model, prefix=prefix, speculation=speculation,
+                    report=progress.report)
 
 
 def _sampling(model: Model, arguments: argparse.Namespace) -> SamplingParams:

@@ -19,10 +19,10 @@ COMMAND = [sys.executable, "-m", "qcn_compile.runtime.cli"]
 
 
 @contextlib.contextmanager
-def running(build, *flags):
+def running(build, *flags, env=None):
     """A server process and its address."""
-    process = subprocess.Popen([*COMMAND, str(build), "--threads", "1", "--port", "0", *flags], stderr=subprocess.PIPE,
-                               stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen([*COMMAND, str(build), *flags, "--threads", "1", "--port", "0"], stderr=subprocess.PIPE,
+                               stdout=subprocess.PIPE, text=True, env=env)
     lines = []
     for line in process.stderr:
         lines.append(line)
