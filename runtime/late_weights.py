@@ -118,7 +118,7 @@ def concat(parts: Sequence[Tensor], axis: int) -> Tensor:
     whole = all(p.data.ndim > 2 or p.data.shape[axis] % BLOCK == 0 for p in parts[:-1])
     if len({p.kind for p in parts}) > 1 or (parts[0].scales is not None and not whole):
         return Tensor("f32", np.concatenate([p.wide() for p in parts], axis))
-    scales = None if parts[0].scales is None else np.concatenate([p.scales for p in parts], axis)  # type: ignore[misc]
+    scales = None if parts[0].scales is None else np.concatenate([p.scales for p in parts], axis)
     return Tensor(parts[0].kind, np.concatenate([p.data for p in parts], axis), scales)
 
 

@@ -48,7 +48,8 @@ def cdiv(a: int, b: int) -> int:
 
 def inner(shape: Sequence[Dim]) -> int:
     """Elements of a row: the product of all axes but the first."""
-    return prod(int(d) for d in shape[1:])  # type: ignore[arg-type]
+    sizes: list[int] = [int(d) for d in shape[1:]]  # type: ignore[arg-type]
+    return prod(sizes)
 
 
 def call(family: str, args: Sequence[Ref], grid: Sequence[int], **params: Param) -> Call:
