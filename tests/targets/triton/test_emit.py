@@ -1,0 +1,109 @@
+"""Cubins: every family compiles for every architecture, nothing hot spills, limits hold, bytes repeat."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from cases import every
+from harness_gpu import BF16, DECODE_1, DECODE_8, FP8, Case
+
+from qcn_compile.errors import LoweringError
+from qcn_compile.ir.types import DType, StateKind
+from qcn_compile.targets.base import Bucket, Kernel
+from qcn_compile.targets.spec import hardware
+from qcn_compile.targets.triton.emit import check_limits, emit
+from qcn_compile.targets.triton.families import FAMILIES
+from qcn_compile.targets.triton.target import GpuTarget
+
+PREFILL = Bucket("prefill-512", 512, 256, 512)
+LOCAL = ("rope_table",)  # sine and cosine of large angles keep a table in local memory
+CARDS = ("a100", "h100", "b200")
+
+
+def full_size(bucket: Bucket) -> list[Kernel]:
+    """What Qwen3-Coder-Next's layers launch in a bucket, FP8."""
+    case = Case("layer", bucket)
+    x = case.input("x", "bf16[T,2048]")
+    case.op("embedding", [case.input("ids", "i32[T]"), case.weight("e", (512, 2048), BF16)])
+    case.op("rms_norm", [x, case.weight("n", (2048,))], eps=1e-6)
+    case.op("linear", [x, case.weight("in", (12288, 2048), FP8)])
+    case.op("linear", [x, case.weight("router", (513, 2048), BF16)])
+    case.op("linear_add", [case.input("o", "bf16[T,4096]"), case.weight("out", (2048, 4096), FP8), x])
+    ids, weights = case.op("moe_route", [case.input("l", "bf16[T,513]")], top_k=10, normalize=True, shared=True)
+    case.op("moe_add", [x, ids, weights, case.weight("up", (513, 1024, 2048), FP8),
+                        case.weight("down", (513, 2048, 512), FP8), x], activation="silu")
+    conv = case.state("conv", StateKind.conv, DType.bf16, (8192, 3))
+    delta = case.state("delta", StateKind.delta, DType.f32, (32, 128, 128))
+    case.op("delta_net", [case.input("qkv", "bf16[T,8192]"), case.input("z", "bf16[T,4096]"),
+                          case.input("b", "bf16[T,32]"), case.input("a", "bf16[T,32]"), case.weight("c", (8192, 4)),
+                          case.weight("d", (32,)), case.weight("dt", (32,)), case.weight("dn", (128,)), case.batch],
+            key_heads=16, value_heads=32, key_dim=128, value_dim=128, eps=1e-6, conv=conv, delta=delta)
+    kv = case.state("kv", StateKind.kv, DType.bf16, (2, 256))
+    q = case.op("rope_append", [case.input("q", "bf16[T,16,256]"), case.input("k", "bf16[T,2,256]"),
+                                case.input("v", "bf16[T,2,256]"), case.weight("qn", (256,)), case.weight("kn", (256,)),
+                                case.input("cos", "f32[T,32]"), case.input("sin", "f32[T,32]"), case.batch],
+                eps=1e-6, state=kv)
+    case.op("paged_attention", [q, case.input("g", "bf16[T,4096]"), case.batch], scale=0.0625, state=kv)
+    if bucket is DECODE_1:
+        norm = case.weight("n2", (2048,))
+        case.op("norm_linear", [x, norm, case.weight("w", (9216, 2048), FP8)], eps=1e-6, keep=False)
+        case.op("norm_linear_pair", [x, norm, case.weight("w1", (12288, 2048), FP8), case.weight("w2", (64, 2048), BF16)],
+                eps=1e-6)
+    return list({call.kernel: None for _, call in case.lower(GpuTarget("h100"))})
+
+
+def check(kernels: list[Kernel], card: str, folder: Path) -> None:
+    """Compile, and look at what came out."""
+    names = emit(kernels, folder, hardware(card), workers=2)
+    index = json.loads((folder / names[0]).read_text())
+    assert len(names) == len(index) + 1 and set(index) == {k.symbol for k in kernels}
+    for kernel in kernels:
+        row = index[kernel.symbol]
+        assert (folder / row["file"]).is_file() and (folder / row["source"]).is_file()
+        assert row["stack"] == 0 or kernel.family in LOCAL, f"{kernel.symbol} spills {row['stack']} bytes on {card}"
+        assert row["registers"] <= 255 and row["shared"] <= hardware(card).shared
+        assert row["pdl"] == (card != "a100") and row["pointers"] == len(FAMILIES[kernel.family].pointers(kernel)[0])
+
+
+def test_decode_on_hopper_does_not_spill(tmp_path: Path) -> None:
+    check(full_size(DECODE_1), "h100", tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("card", CARDS)
+@pytest.mark.parametrize("bucket", [DECODE_1, DECODE_8, PREFILL], ids=lambda b: b.name)
+def test_full_size(card: str, bucket: Bucket, tmp_path: Path) -> None:
+    check(full_size(bucket), card, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("card", CARDS)
+def test_every_case_compiles(card: str, tmp_path: Path) -> None:
+    target = GpuTarget(card)
+    check(list({call.kernel: None for case, _ in every() for _, call in case.lower(target)}), card, tmp_path)
+
+
+def test_every_family_has_a_case() -> None:
+    target = GpuTarget("h100")
+    tried = {call.kernel.family for case, _ in every() for _, call in case.lower(target)}
+    assert tried == set(FAMILIES)
+
+
+def test_bytes_repeat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = full_size(DECODE_1)[:1]
+    for name in ("one", "two"):
+        monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / f"cache-{name}"))
+        emit(kernels, tmp_path / name, hardware("h100"), workers=1)
+    one, two = ({p.name: p.read_bytes() for p in (tmp_path / name).iterdir() if p.is_file()} for name in ("one", "two"))
+    assert one == two and len(one) == 2
+
+
+def test_limits_and_failures_name_the_kernel(tmp_path: Path) -> None:
+    kernel = full_size(DECODE_1)[0]
+    with pytest.raises(LoweringError, match=f"{kernel.symbol} needs 300000 bytes of shared memory, a100 has 166912"):
+        check_limits(kernel, {"shared": 300_000}, hardware("a100"))
+    broken = Kernel.make("gather_rows", D=3, BD=3, SX=3)  # a block that is no power of two
+    with pytest.raises(LoweringError, match="gather_rows_BD3_D3_SX3: Triton cannot compile it for sm_90"):
+        emit([broken], tmp_path, hardware("h100"), workers=1)
