@@ -31,6 +31,7 @@ EXAMPLES = """examples:
   qcn-run build/ --prompt - --temperature 0 < prompt.txt
   qcn-run build/ --chat
   qcn-run build/ --port 8000
+  qcn-run build/ --batch requests.jsonl
   qcn-run Qwen/Qwen3-Coder-Next --port 8000
 """
 
@@ -51,6 +52,8 @@ def parser() -> argparse.ArgumentParser:
     mode = p.add_argument_group("what to do (one of)").add_mutually_exclusive_group(required=True)
     mode.add_argument("--prompt", metavar="TEXT", help="continue this text; - reads it from stdin")
     mode.add_argument("--chat", action="store_true", help="chat line by line; /clear forgets, /exit leaves")
+    mode.add_argument("--batch", type=Path, metavar="FILE",
+                      help="answer the requests of a file, in OpenAI's batch format")
     mode.add_argument("--port", type=int, metavar="N", help="serve the OpenAI and Anthropic APIs; 0 picks a port")
     s = p.add_argument_group("sampling (default: the model's generation_config.json)")
     s.add_argument("--max-tokens", type=int, metavar="N",
@@ -79,6 +82,8 @@ def parser() -> argparse.ArgumentParser:
     add_checkpoint_flags(p)
     add_sglang_flags(p)
     o = p.add_argument_group("output")
+    o.add_argument("--batch-output", type=Path, metavar="FILE",
+                   help="answers of --batch (default: its name with .out.jsonl); those already there are kept")
     o.add_argument("--json", action="store_true", help="one JSON object a line: every piece, then usage and timing")
     o.add_argument("--profile", action="store_true", help="time of every kernel, on stderr")
     o.add_argument("--verify", action="store_true", help="hash every file of the build first")
@@ -109,6 +114,10 @@ def _run(arguments: argparse.Namespace, started: float) -> int:
         from qcn_compile.runtime.server.launch import serve
 
         return serve(arguments, lambda: _load(arguments, checkpoint))
+    if arguments.batch is not None:
+        from qcn_compile.runtime.offline.run import run_batch
+
+        return run_batch(arguments, lambda: _load(arguments, checkpoint))
     from qcn_compile.runtime.profile import Profile
     from qcn_compile.runtime.terminal import chat, complete
 
@@ -142,7 +151,7 @@ def _load(arguments: argparse.Namespace, checkpoint: Checkpoint | None) -> Model
         checkpoint.compile()
     running, chunk = arguments.max_running_requests, arguments.prefill_chunk
     if running is None:
-        running = RUNNING if arguments.port is None else SERVED
+        running = RUNNING if arguments.port is None and arguments.batch is None else SERVED
     with Progress() as progress:
         return load(arguments.build, context_length=arguments.context_length, threads=arguments.threads,
                     max_running_requests=running, prefill_chunk=None if chunk == -1 else chunk,
