@@ -1,4 +1,4 @@
-"""Decode and prefill on the CPU, ours and llama.cpp's, in turn: python -m tests.bench.cpu_vs_llama BUILD GGUF LLAMA_BENCH
+"""CPU speed, ours and llama.cpp's in turn: python -m tests.bench.cpu_vs_llama BUILD GGUF LLAMA_BENCH
 
 BUILD: an artifact of a checkpoint; GGUF: the same checkpoint converted by llama.cpp and quantised to the same bits;
 LLAMA_BENCH: the llama-bench program. Rounds alternate; medians and their ratio are printed, with the bytes of a token
