@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +123,7 @@ class CudaExecutable(Plans):
             self._device.launch(prepared)
             self._device.record(event)
         self._device.synchronize()
-        return np.array([self._device.seconds(a, b) for a, b in zip(events, events[1:], strict=False)])
+        return np.array([self._device.seconds(a, b) for a, b in pairwise(events)])
 
     def _capture(self, plan: Plan) -> Any:
         return self._device.capture(lambda: self.launch(plan))

@@ -58,7 +58,7 @@ def emit(kernels: Sequence[Kernel], folder: Path, card: Hardware, progress: Prog
 
 def compiled(kernels: Sequence[Kernel], card: Hardware,
              workers: int | None = None) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """(cubin, row of kernels.json) of each kernel, in order. A crash of the compiler ends a worker, not this process."""
+    """(cubin, row of kernels.json) of each kernel, in order. A crash of the compiler ends a worker, not us."""
     count = min(workers or len(os.sched_getaffinity(0)), max(len(kernels), 1))
     with ProcessPoolExecutor(count, mp_context=get_context("spawn"), initializer=_prepare) as pool:
         jobs = [pool.submit(compile_one, kernel, card.arch) for kernel in kernels]

@@ -59,7 +59,8 @@ FAMILIES = {
     "unary": Family("rows", "x~:{X} y:{X} counts:i32"),
     "binary": Family("rows", "a~:{A} b~:{B} y:{Y} counts:i32"),
     "copy_columns": Family("rows", "x~:bf16 y:bf16 counts:i32"),
-    "gemv": Family("linear", "x:bf16 norm_w?NORM:f32 w:{W} s?SCALED:f32 r?ADDEND:{R} normed?KEEP:bf16 y:bf16 counts:i32"),
+    "gemv": Family("linear", "x:bf16 norm_w?NORM:f32 w:{W} s?SCALED:f32 r?ADDEND:{R} normed?KEEP:bf16 y:bf16 "
+                             "counts:i32"),
     "gemv_pair": Family("linear", "x:bf16 norm_w:f32 w:{W} s?SCALED:f32 w2:bf16 y:bf16 y2:bf16 counts:i32"),
     "matmul": Family("linear", "x:bf16 w:{W} s?SCALED:f32 r?ADDEND:{R} y:bf16 counts:i32"),
     "moe_route": Family("moe", "logits~:bf16 ids:i32 weights:f32 counts:i32"),

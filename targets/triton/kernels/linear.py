@@ -75,12 +75,12 @@ def gemv_rows(row0, t, x, norm_w, w, s, r, normed, y, counts, ROWS: tl.constexpr
             scale = tl.rsqrt(tl.sum(squares, 0) / K + EPS)
             out *= scale
             if KEEP:
-                if row0 == 0:
-                    for k0 in tl.static_range(0, K, BK):
-                        k = k0 + tl.arange(0, BK)
-                        v = tl.load(x + t * SX + k, mask=k < K, other=0.0).to(tl.float32) * scale
-                        v *= tl.load(norm_w + k, mask=k < K, other=0.0)
-                        tl.store(normed + t * K + k, v.to(tl.bfloat16), mask=k < K)
+                for k0 in tl.static_range(0, K, BK):
+                    k = k0 + tl.arange(0, BK)
+                    mine = (k < K) & (row0 == 0)
+                    v = tl.load(x + t * SX + k, mask=mine, other=0.0).to(tl.float32) * scale
+                    v *= tl.load(norm_w + k, mask=mine, other=0.0)
+                    tl.store(normed + t * K + k, v.to(tl.bfloat16), mask=mine)
         if BIAS:
             out += tl.load(r + n, mask=n < N, other=0.0).to(tl.float32)
         if ADD:

@@ -71,9 +71,9 @@ def moe_up(x, ids, w, s, h, counts, SLOTS: tl.constexpr, H: tl.constexpr, F: tl.
 def moe_down(h, ids, weights, w, s, r, y, counts, SLOTS: tl.constexpr, H: tl.constexpr, F: tl.constexpr,
              BF: tl.constexpr, BH: tl.constexpr, SR: tl.constexpr, ADD: tl.constexpr, SCALED: tl.constexpr,
              PDL: tl.constexpr):
-    """y = (r +) sum over slots of weight * down h, in the order of the slots. Grid (H/BH, T), BH divides 128; w [E, H, F].
-    The rows of all slots are asked for before the kernel in front (moe_up) has ended: the router ran before that one,
-    and its results are read past the first cache, which may still hold older ones."""
+    """y = (r +) sum over slots of weight * down h, in the order of the slots. Grid (H/BH, T), BH divides 128;
+    w [E, H, F]. The rows of all slots are asked for before the kernel in front (moe_up) has ended: the router ran
+    before that one, and its results are read past the first cache, which may still hold older ones."""
     row0 = tl.program_id(0) * BH
     n, f = row0 + tl.arange(0, BH), tl.arange(0, BF)
     t = tl.program_id(1)

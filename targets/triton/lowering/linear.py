@@ -6,6 +6,8 @@ from qcn_compile.ir.encoding import Encoding
 from qcn_compile.targets.base import Call, Param
 from qcn_compile.targets.triton.lowering.site import COUNTS, Site, call, cdiv, power, result
 
+PROGRAMS = 108  # fewer large tiles than this leave multiprocessors idle (A100; Hopper has 132): take smaller ones
+
 
 def gemv_shape(n: int, k: int, encoding: Encoding) -> dict[str, Param]:
     """Rows and columns of a program's weight tile, as measured on an H200 (tests/gpu/variants.py)."""
@@ -19,11 +21,11 @@ def gemv_shape(n: int, k: int, encoding: Encoding) -> dict[str, Param]:
     return {"BN": 8 if n > 10000 else 4, "BK": block, "WARPS": max(1, block // 512)}
 
 
-def matmul_shape(tokens: int, scaled: bool) -> dict[str, Param]:
-    """Tile sizes for a number of tokens; a K-tile of scaled weights must lie in one scale block."""
+def matmul_shape(tokens: int, n: int) -> dict[str, Param]:
+    """Tile sizes for a product [tokens, n]; a K-tile of scaled weights must lie in one scale block."""
     if tokens <= 16:
         return {"BN": 64, "BT": 16, "BK": 128, "WARPS": 4, "STAGES": 4}
-    if tokens <= 64:
+    if tokens <= 64 or cdiv(n, 128) * cdiv(tokens, 128) < PROGRAMS:
         return {"BN": 64, "BT": 64, "BK": 64, "WARPS": 4, "STAGES": 4}
     return {"BN": 128, "BT": 128, "BK": 64, "WARPS": 8, "STAGES": 3}
 
@@ -46,7 +48,7 @@ def linear(site: Site) -> list[Call]:
     if capacity == 1:
         shape = gemv_shape(n, k, encoding)
         return [call("gemv", args, (cdiv(n, int(shape["BN"])), 1), NORM=False, KEEP=False, EPS=0.0, **params, **shape)]
-    shape = matmul_shape(capacity, scaled)
+    shape = matmul_shape(capacity, n)
     return [call("matmul", args, (cdiv(n, int(shape["BN"])), cdiv(capacity, int(shape["BT"]))), **params, **shape)]
 
 
