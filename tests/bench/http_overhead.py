@@ -1,6 +1,6 @@
 """What the HTTP layer costs: CPU seconds of the server per 1,000 streamed tokens, with an engine that computes nothing.
 
-python tests/runtime/server/bench_http.py [streams] [seconds per step] [tokens]
+python tests/bench/http_overhead.py [streams] [seconds per step] [tokens]
 The engine's own thread is measured and taken off. A step gives every stream one token, and each token is one event.
 """
 
@@ -15,11 +15,12 @@ import threading
 import time
 from pathlib import Path
 
-from fake_engine import FakeEngine
-from serving import LiveServer, write_tokenizer
-
 from qcn_compile.runtime.server.config import ServerConfig
 from qcn_compile.runtime.server.service import Service
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "runtime" / "server"))
+from fake_engine import FakeEngine
+from serving import LiveServer, write_tokenizer
 
 
 class Paced(FakeEngine):
