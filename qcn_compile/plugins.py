@@ -49,7 +49,7 @@ class Plugin:
             hook(pipeline)
         except Exception as error:
             what = f"plugin {self.path}: configure(pipeline) failed"
-            raise PassError(f"{what}{_line(error)}: {describe(error)}") from error
+            raise PassError(f"{what}{_line(error, self.path)}: {describe(error)}") from error
 
 
 def load_plugins(files: Iterable[str | Path] = (), installed: bool = True) -> list[Plugin]:
@@ -87,7 +87,7 @@ def _from_file(path: Path) -> Plugin:
         spec.loader.exec_module(module)
     except Exception as error:
         del sys.modules[name]
-        raise UsageError(f"plugin {path} failed to load{_line(error)}: {describe(error)}") from error
+        raise UsageError(f"plugin {path} failed to load{_line(error, str(path))}: {describe(error)}") from error
     return Plugin(path.stem, str(path), digest, module)
 
 
@@ -171,7 +171,7 @@ class _Custom:
     def failed(self, what: str, error: Exception, where: str) -> LoweringError:
         """The error to raise: plugin file, op, cause."""
         return LoweringError(f"op {self.op_name}: {what} ({self.source.__name__} in {home(self.source)}) "
-                             f"failed{_line(error)}: {describe(error)}\n  at {where}")
+                             f"failed{_line(error, home(self.source))}: {describe(error)}\n  at {where}")
 
 
 @dataclass(frozen=True)
@@ -202,12 +202,13 @@ def describe(error: Exception) -> str:
     return str(error) if isinstance(error, QcnError) else f"{type(error).__name__}: {error}"
 
 
-def _line(error: Exception) -> str:
-    """Where an error was raised, when that tells something."""
+def _line(error: Exception, file: str = "") -> str:
+    """Where an error was raised, in `file` when it passed through it."""
     frames = [f for f in traceback.extract_tb(error.__traceback__) if "importlib" not in f.filename]
-    if isinstance(error, QcnError) or not frames or frames[-1].filename == __file__:
+    own = [f for f in frames if Path(f.filename) == Path(file).resolve()] or frames
+    if isinstance(error, QcnError) or not own or own[-1].filename == __file__:
         return ""
-    return f" at line {frames[-1].lineno} of {Path(frames[-1].filename).name}"
+    return f" at line {own[-1].lineno} of {Path(own[-1].filename).name}"
 
 
 def op_at(error: Exception) -> Op | None:

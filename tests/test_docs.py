@@ -32,6 +32,7 @@ RUN = ["quick-start.md", "writing-a-pass.md", "writing-a-kernel.md", "adding-a-t
 def one_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     """Builds share the trace: passes work on a copy."""
     monkeypatch.setattr(sys.modules["qcn_compile.compile"], "trace_model", traced)
+    monkeypatch.setattr("qcn_compile.onnx.emit.trace_model", traced)
 
 
 traced = cache(sys.modules["qcn_compile.compile"].trace_model)

@@ -60,10 +60,10 @@ def test_hard_silu_runs_in_its_own_kernel(example: Example, traced: Traced, tmp_
 
 
 def test_the_ends_stay_in_bf16(example: Example, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    found = example("mixed_precision").main(str(tmp_path), "int4", "int4, ends in bf16")
-    assert found["int4, ends in bf16"] < found["int4"]
+    found = example("mixed_precision").main(str(tmp_path), "int4, ends in bf16")
+    assert 4.9 < found["int4, ends in bf16"] < 5.25  # measured: bf16 4.858, these 5.107, int4 throughout 5.275
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2
+    assert len(lines) == 1
     assert all("tokens/s" in line for line in lines)
     text = (tmp_path / "int4-ends-in-bf16/ir/main.qir").read_text()
     formats = {line.split('format="')[1].split('"')[0] for line in text.splitlines()

@@ -82,7 +82,8 @@ def test_sass_is_counted(tmp_path: Path) -> None:
     from qcn_compile.inspect.sass import counts, disassembler
 
     tool = tmp_path / "nvdisasm"
-    tool.write_text("#!/bin/sh\nprintf '  /*0000*/ @P0 LDG.E R1, [R2] ;\\n  /*0010*/ HMMA.16816.F32 R4 ;\\n label:\\n'\n")
+    lines = ("  /*0000*/ @P0 LDG.E R1, [R2] ;", "  /*0010*/ HMMA.16816.F32 R4 ;", " label:")
+    tool.write_text("#!/bin/sh\n" + "".join(f"echo '{line}'\n" for line in lines))
     tool.chmod(0o755)
     assert counts(str(tool), tmp_path) == {"instructions": 2, "tensor": 1, "fma": 0, "memory": 1, "branches": 0}
     assert disassembler() is None or Path(disassembler()).is_file()
