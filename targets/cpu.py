@@ -16,9 +16,10 @@ from qcn_compile.targets.base import Bucket, Call, Kernel, Operand
 from qcn_compile.targets.spec import Hardware
 from qcn_compile.targets.tvm import lowering, processor
 from qcn_compile.targets.tvm.lowering.site import Site
-from qcn_compile.targets.tvm.packing import pack, state_columns
+from qcn_compile.targets.tvm.packing import pack
+from qcn_compile.targets.tvm.sizes import KEYS, state_columns
 
-PAGE = KEYS = 32  # tokens of a KV page; kernels score 32 keys at a time
+PAGE = 32  # tokens of a KV page
 
 
 class CpuTarget:

@@ -96,8 +96,3 @@ def tile_count(rows: int) -> int:
 def group_count(depth: int) -> int:
     """Scale groups of one output row."""
     return -(-depth // GROUP)
-
-
-def state_columns(value_dim: int) -> int:
-    """Columns of a DeltaNet state that lie together: 32 of them make a block of the first cache."""
-    return next(n for n in (32, 16, 8, 1) if value_dim % n == 0)

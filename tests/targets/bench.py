@@ -229,7 +229,7 @@ class Bench:
     def bandwidth(self, threads: int) -> float:
         """Best GB/s of the reading kernel."""
         self.host.start(threads)
-        y, counts = self.array(np.zeros(1 << 20, np.float32)), self.array(np.zeros(4, np.int32))
+        y, counts = self.array(np.zeros(self.size // 128, np.float32)), self.array(np.zeros(4, np.int32))
         rows = self.host.table(self.library, [(self.read_kernel.symbol, [int(self.pool.ctypes.data), y, counts])] * 6)
         seconds = np.zeros(len(rows))
         assert self.host.c.qcn_host_run(ctypes.byref(rows), len(rows), seconds.ctypes.data) == 0

@@ -24,7 +24,7 @@ from qcn_compile.ir.optable import TABLE
 from qcn_compile.ir.types import BatchType, Dim, StateKind, StateRef, StateType, TensorType, parse_type
 from qcn_compile.targets.base import Bucket, Call, Kernel, Operand, Ref
 from qcn_compile.targets.cpu import CpuTarget
-from qcn_compile.targets.tvm.packing import state_columns
+from qcn_compile.targets.tvm.sizes import state_columns
 
 GUARD = 24  # elements behind every buffer that must stay as they were
 DECODE = Bucket("decode-8", 8, 8, 8)
@@ -186,6 +186,7 @@ class Trial:
     def __init__(self, program: Program, ragged: Ragged, target: CpuTarget, rng: np.random.Generator) -> None:
         self.program, self.ragged, self.target, self.rng = program, ragged, target, rng
         self.sizes = ragged.sizes
+        assert all(self.sizes[k] <= most for k, most in program.bucket.sizes.items()), "more than the bucket holds"
         self.buffers: dict[Any, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
         self.plain: dict[Value, np.ndarray] = {}
         self._draw_values()
@@ -257,7 +258,7 @@ class Trial:
                            [[int(p) for p in row] for row in self.arrays["block_table"]], self.caches)
 
     def _native(self, state: StateType, part: str, data: np.ndarray) -> np.ndarray:
-        """The reference layout (kv [pages, page, heads, dim], conv [slots, C, W-1], delta [slots, Hv, Dk, Dv]) to ours."""
+        """Reference layout (kv [pages, page, heads, dim], conv [slots, C, W-1], delta [slots, Hv, Dk, Dv]), ours."""
         if state.kind is StateKind.conv:
             data = data.swapaxes(1, 2)
         elif state.kind is StateKind.delta:

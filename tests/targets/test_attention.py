@@ -41,6 +41,7 @@ PROGRAMS = [
     _attention(3, 3, 21, 5, True, False, PREFILL),
     _attention(16, 2, 64, 8, True, True, DECODE, strided=True),
 ]
+LONG = _attention(4, 2, 32, 4, True, True, Bucket("prefill-1200", 1200, 1, 1))
 BATCHES = [
     Ragged((1,)), Ragged((5,)), Ragged((1,), (40,)), Ragged((3, 1, 4), (0, 31, 70)),
     Ragged((1, 1, 1, 1), (15, 16, 0, 63)),
@@ -56,13 +57,22 @@ def test_attention(lab: Lab, program: Program, ragged: Ragged) -> None:
     lab.check(program, ragged, threads=1 + len(ragged.lengths) % 2, seed=len(ragged.lengths))
 
 
+@pytest.mark.parametrize("program", PROGRAMS[:2], ids=lambda p: p.name)
+@pytest.mark.parametrize("ragged", [Ragged((1,), (511,)), Ragged((1,), (512,)), Ragged((2, 1, 1), (1030, 5, 8191)),
+                                    Ragged((3, 2), (8190, 9500))], ids=lambda r: f"{r.lengths}+{r.contexts}")
+def test_long_contexts_are_cut_into_parts(lab: Lab, program: Program, ragged: Ragged) -> None:
+    lab.check(program, ragged, threads=2)
+
+
 def test_threads_do_not_change_a_bit(lab: Lab) -> None:
     one, two = (lab.run(PROGRAMS[0], BATCHES[5], threads, seed=2).got[-1] for threads in (1, 2))
     assert np.array_equal(one, two)
 
 
 def test_steps_and_chunks_give_the_same_bits_as_the_whole(lab: Lab) -> None:
-    prefill, decode = PROGRAMS[0], PROGRAMS[1]
-    whole = Trial(prefill, Ragged((50,)), lab.target, np.random.default_rng(3))
-    result = lab.launch(whole, 2)
-    assert np.array_equal(lab.pieces(whole, [(prefill, 17), (prefill, 30), (decode, 1), (decode, 2)]), result)
+    decode = PROGRAMS[1]
+    for prefill, tokens in ((PROGRAMS[0], 50), (LONG, 1100)):
+        whole = Trial(prefill, Ragged((tokens,)), lab.target, np.random.default_rng(3))
+        result = lab.launch(whole, 2)
+        steps = [(prefill, tokens - 33), (prefill, 30), (decode, 1), (decode, 2)]
+        assert np.array_equal(lab.pieces(whole, steps), result)

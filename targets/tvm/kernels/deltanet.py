@@ -30,7 +30,7 @@ from qcn_compile.targets.tvm.kernels.core import (
 )
 from qcn_compile.targets.tvm.kernels.loops import reduce_row, sweep
 from qcn_compile.targets.tvm.kernels.norm import inverse_rms
-from qcn_compile.targets.tvm.packing import state_columns
+from qcn_compile.targets.tvm.sizes import state_columns
 
 L2_EPS = 1e-6
 SPANS = {"cu_seqlens": "int32", "context_lens": "int32", "slots": "int32", "counts": "int32"}

@@ -106,11 +106,6 @@ def _argmax(p: Array, row: Expr, padded: int, m: Machine) -> Expr:
     return let("best_id", where[0])
 
 
-def plan_ints(experts: int, pairs: int) -> int:
-    """Length of the scratch `plan`."""
-    return 2 + 3 * experts + pairs
-
-
 def moe_sort(symbol: str, m: Machine, *, rows: str, experts: int, slots: int) -> Function:
     """Counting sort of pairs by expert, stable. An id out of range counts as the nearest expert."""
     f = Function(symbol, ids="int32", plan="int32", counts="int32")

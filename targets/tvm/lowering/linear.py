@@ -7,6 +7,7 @@ from qcn_compile.ir.types import Dim
 from qcn_compile.targets.base import Call, Param, Ref
 from qcn_compile.targets.tvm.lowering.site import COUNTS, Site, call, result, scratch
 from qcn_compile.targets.tvm.packing import HALF, TILE, group_count
+from qcn_compile.targets.tvm.sizes import plan_ints
 
 ZERO = {"int4": 8, "int8": 128}  # what kernels may add to codes of weights to make them unsigned
 
@@ -64,7 +65,7 @@ def moe(site: Site) -> list[Call]:
     tokens = site.capacity(site.float_type(0).shape)
     rows = site.rows(site.float_type(0).shape)
     pairs, up_row, down_row = tokens * slots, padded(inner, HALF), padded(hidden, TILE)
-    plan = scratch("plan", (2 + 3 * experts + pairs) * 4)
+    plan = scratch("plan", plan_ints(experts, pairs) * 4)
     h, o = scratch("h", pairs * up_row * 4), scratch("o", pairs * down_row * 4)
     ids, weights = Ref("operand", index=1), Ref("operand", index=2)
     up, down = _up(site, rows, plan, h, experts, slots), _down(site, rows, plan, h, o, experts, slots)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from qcn_compile.targets.base import Call, Ref
 from qcn_compile.targets.tvm.lowering.site import BATCH, COUNTS, SPANS, Site, call, inner, result, scratch, state
+from qcn_compile.targets.tvm.sizes import PARTS
 
 
 def rope_table(site: Site) -> list[Call]:
@@ -51,11 +52,18 @@ def paged_attention(site: Site) -> list[Call]:
     kv_heads = _appended_heads(site)
     if heads % kv_heads:
         raise site.fail(f"{heads} query heads over {kv_heads} kv heads", "the first must be a multiple of the second")
-    gate = site.has(1)
-    refs = [site.ref(0), *([site.ref(1)] if gate else []), result(), state("state", "k"), state("state", "v"), *BATCH]
-    return [call("paged_attention", refs, heads=heads, kv_heads=kv_heads, dim=dim, page=site.page,
-                 scale=site.real("scale"), gate=gate, stride_q=site.stride(0), stride_g=site.stride(1) if gate else 0,
-                 many=not site.decode)]
+    sizes = {"heads": heads, "kv_heads": kv_heads, "dim": dim}
+    reading = {**sizes, "page": site.page, "scale": site.real("scale"), "stride_q": site.stride(0)}
+    gate = {"gate": site.has(1), "stride_g": site.stride(1) if site.has(1) else 0}
+    rows, gates = site.capacity(site.float_type(0).shape) * heads, [site.ref(1)] if site.has(1) else []
+    caches = [state("state", "k"), state("state", "v"), *BATCH]
+    if not site.decode:
+        total = scratch("total", rows * dim * 4)
+        return [call("paged_attention", [site.ref(0), *gates, result(), total, *caches], **reading, **gate)]
+    parts, stats = scratch("parts", rows * PARTS * dim * 4), scratch("stats", rows * PARTS * 2 * 4)
+    spans = [ref for ref in BATCH if ref.name != "block_table"]
+    return [call("attention_parts", [site.ref(0), parts, stats, *caches], **reading),
+            call("attention_merge", [parts, stats, *gates, result(), *spans], **sizes, **gate)]
 
 
 def delta_net(site: Site) -> list[Call]:
