@@ -99,9 +99,9 @@ def experts(name: str, bucket: Bucket, encoding: Encoding, count: int, hidden: i
 
 
 def moes() -> list[Trialled]:
-    return [experts("moe_add", bucket, encoding, 6, 160, 48, 3)
-            for bucket in (DECODE_1, DECODE_8, PREFILL) for encoding in (BF16, FP8)] + [
-        experts("moe_experts", PREFILL, BF16, 9, 48, 128, 2)]
+    small = [experts("moe_add", bucket, encoding, 6, 136, 24, 2)
+             for bucket in (DECODE_1, DECODE_8, PREFILL) for encoding in (BF16, FP8)]
+    return [*((case, batches[:1]) for case, batches in small), experts("moe_experts", PREFILL, BF16, 9, 48, 128, 2)]
 
 
 def deltas() -> list[Trialled]:
