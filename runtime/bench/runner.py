@@ -176,7 +176,7 @@ class Runner:
     def _shared(self, turn: Turn) -> int:
         """Tokens of the leading blocks that were sent before in this run."""
         known = 0
-        for key in itertools.accumulate((((block,)) for block in turn.blocks), _chain):
+        for key in itertools.accumulate(((block,) for block in turn.blocks), _chain):
             if key in self._known:
                 known += 1
             self._known.add(key)

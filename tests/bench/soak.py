@@ -94,17 +94,27 @@ class Victims:
             self._kill(process)
 
 
+async def memory(child, seconds):
+    """Resident megabytes of the server, ten times on the way."""
+    found = []
+    for _ in range(10):
+        await asyncio.sleep(seconds / 10)
+        found.append(round((await asyncio.to_thread(child.held))["rss"] / 1e6, 1))
+    return found
+
+
 async def load_for(child, crowd, streams, seconds):
-    """The whole load for some seconds. Returns the milliseconds of /health and how many clients were killed."""
+    """The whole load for some seconds: milliseconds of /health, megabytes of memory, how many clients were killed."""
     watcher = subprocess.Popen([sys.executable, str(HERE / "soak_clients.py"), str(child.port), "health", str(seconds)],
                                stdout=subprocess.PIPE, text=True)
     processes = streams // 5 // KILLED
     victims = Victims(child.port, processes)
     try:
-        await asyncio.gather(crowd.run(streams - processes * KILLED, seconds), victims.run(seconds))
+        load = crowd.run(streams - processes * KILLED, seconds), victims.run(seconds)
+        megabytes, *_ = await asyncio.gather(memory(child, seconds), *load)
     finally:
         victims.end()
-    return json.loads(await asyncio.to_thread(lambda: watcher.communicate()[0])), victims.killed
+    return json.loads(await asyncio.to_thread(lambda: watcher.communicate()[0])), megabytes, victims.killed
 
 
 async def soak(child, streams, seconds, count):
@@ -116,11 +126,12 @@ async def soak(child, streams, seconds, count):
     crowd = Crowd(child.port, bodies, references, seed=2)
     await load_for(child, crowd, streams, seconds / 5)
     warm = child.idle()
-    latencies, killed = await load_for(child, crowd, streams, 4 * seconds / 5)
+    latencies, megabytes, killed = await load_for(child, crowd, streams, 4 * seconds / 5)
     end = child.idle()
     latencies.sort()
     return {"streams": streams, "seconds": seconds, "ended": dict(crowd.ended), "clients_killed": killed,
             "wrong": len(crowd.wrong), "examples": crowd.wrong[:2], "start": start, "warm": warm, "end": end,
+            "rss_mb": megabytes,
             "health_ms": {f"p{p}": round(latencies[len(latencies) * p // 100], 1) for p in (50, 90, 99)},
             "health_max_ms": round(latencies[-1], 1)}
 
