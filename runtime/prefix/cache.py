@@ -152,23 +152,20 @@ class PrefixCache:
         assert request.table is not None and request.slot is not None
         node, size = path[-1], self.policy.page_size
         with self._pinned(path):
-            for each in path:
-                if not self.tiers.load_pages(each):
-                    break
-            else:
-                if self.tiers.load_state(node, request.slot):
-                    request.table.adopt(whole_pages(path, size))
-                    if node.end % size:
-                        assert node.pages is not None
-                        request.table.grow(node.end)
-                        self.tiers.rows.copy_page(node.pages[-1], int(request.table.pages[-1]))
-                    node.credit, node.chance = self.tiers.level, LIKELY
-                    return True
-                each = node
-        if each is node and node.children:
+            lost = next((each for each in path if not self.tiers.load_pages(each)), None)
+            if lost is None and self.tiers.load_state(node, request.slot):
+                request.table.adopt(whole_pages(path, size))
+                if node.end % size:
+                    assert node.pages is not None
+                    request.table.grow(node.end)
+                    self.tiers.rows.copy_page(node.pages[-1], int(request.table.pages[-1]))
+                node.credit, node.chance = self.tiers.level, LIKELY
+                return True
+        if lost is not None and lost in self.tree.nodes:
+            self.tiers.drop(lost)
+        elif lost is None:
             node.state.file = None
-        else:
-            self.tiers.drop(each)
+            self.tiers.prune(node)
         return False
 
     @contextmanager

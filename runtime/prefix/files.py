@@ -18,7 +18,7 @@ import numpy as np
 
 MAGIC = b"qcn-prefix 1\n"
 SUFFIX = ".prefix"
-_QUEUE = 64  # files that may wait to be written; more are not stored
+_WAITING = 1 << 30  # bytes that may wait to be written; more are not stored
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class PrefixFiles:
     def __init__(self, folder: Path, build: str, limit: int) -> None:
         self._folder, self._build, self._limit = folder, build, limit
         folder.mkdir(parents=True, exist_ok=True)
-        self._pending: dict[Path, bytes] = {}
+        self._pending: dict[Path, tuple[StoredFile, bytes]] = {}
         self._queue: queue.Queue[Path | None] = queue.Queue()
         self._warned = False
         self._thread: threading.Thread | None = None
@@ -103,11 +103,14 @@ class PrefixFiles:
                         pages.shape[1], 0 if state is None else state.nbytes, hashlib.sha256(data).hexdigest())
         identity = f"{self._build} {start} {header.path} {header.state_bytes}"
         stored = StoredFile(self._folder / (hashlib.sha256(identity.encode()).hexdigest()[:40] + SUFFIX), header)
-        if stored.path.exists() or stored.path in self._pending:
-            return StoredFile(stored.path, self._header(stored.path) or header)
-        if self._queue.qsize() >= _QUEUE:
+        if (pending := self._pending.get(stored.path)) is not None:
+            return pending[0]
+        if (known := self._header(stored.path)) is not None:
+            return StoredFile(stored.path, known)
+        waiting = sum(other.header.payload for other, _ in list(self._pending.values()))
+        if waiting and waiting + len(data) > _WAITING:
             return None
-        self._pending[stored.path] = MAGIC + json.dumps(asdict(header)).encode() + b"\n" + data
+        self._pending[stored.path] = stored, MAGIC + json.dumps(asdict(header)).encode() + b"\n" + data
         self._queue.put(stored.path)
         if self._thread is None:
             self._thread = threading.Thread(target=self._write, name="prefix-store", daemon=True)
@@ -117,8 +120,10 @@ class PrefixFiles:
     def read(self, stored: StoredFile) -> Contents | None:
         """A file's contents; None, with a warning, when it is gone or damaged."""
         header = stored.header
-        raw = self._pending.get(stored.path)
-        if raw is None:
+        pending = self._pending.get(stored.path)
+        if pending is not None:
+            raw = pending[1]
+        else:
             try:
                 raw = stored.path.read_bytes()
             except OSError:
@@ -166,7 +171,7 @@ class PrefixFiles:
 
     def _write(self) -> None:
         while (path := self._queue.get()) is not None:
-            data = self._pending[path]
+            data = self._pending[path][1]
             partial = path.with_suffix(f".partial-{os.getpid()}")
             try:
                 with partial.open("wb") as handle:

@@ -144,3 +144,27 @@ def test_params_of_a_hit_may_differ(tmp_path):
     prompt = serve(tmp_path)
     sampled = SamplingParams(temperature=1, seed=3, max_tokens=9, ignore_eos=True)
     assert answer(restarted(tmp_path), prompt, sampled)[0] == answer(engine(snapshots=None), prompt, sampled)[0]
+
+
+def test_lost_pages_under_a_state_on_the_device_do_not_hang(tmp_path):
+    """A node whose pages are only in a file that is gone, whose state is in a slot, and which has children."""
+    serve(tmp_path)
+    e = restarted(tmp_path)
+    inner = next(node for node in e.prefixes.tree if node.children and node.has_state)
+    tiers = e.prefixes.tiers
+    slot = tiers._slots.acquire() + 8
+    assert tiers.load_state(inner, slot)
+    inner.slot = slot
+    prompt = [token for node in inner.path() for token in node.tokens.tolist()] + [5]
+    inner.kv.file.path.unlink()
+    tiers.unpin()
+    assert answer(e, prompt, GREEDY)[0] == answer(engine(snapshots=None), prompt, GREEDY)[0]
+    e.check_integrity()
+
+
+def test_the_same_node_stored_twice_while_it_waits_is_one_file(tmp_path):
+    files = PrefixFiles(tmp_path, "b", 1 << 30)
+    files._thread = "not started: everything waits"
+    first = files.add(np.arange(8, dtype=np.int32), 0, np.zeros((2, 16), np.uint8), None)
+    again = files.add(np.arange(8, dtype=np.int32), 0, np.ones((2, 16), np.uint8), None)
+    assert first is again and not files.read(again).pages.any()
