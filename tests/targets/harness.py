@@ -7,110 +7,29 @@ strided where the program says so, caches holding NaN wherever nothing was writt
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from host_abi import Host
+from programs import DECODE, PREFILL, PROGRAMS, Program, Ragged, width_of
 
 from qcn_compile.ir import ops as _ops  # noqa: F401  (fills the op table)
 from qcn_compile.ir.batch import Batch, Caches
-from qcn_compile.ir.encoding import Encoding, encode
-from qcn_compile.ir.graph import Location, Op, Value
+from qcn_compile.ir.encoding import encode
+from qcn_compile.ir.graph import Op, Value
 from qcn_compile.ir.optable import TABLE
-from qcn_compile.ir.types import BatchType, Dim, StateKind, StateRef, StateType, TensorType, parse_type
-from qcn_compile.targets.base import Bucket, Call, Kernel, Operand, Ref
+from qcn_compile.ir.types import StateKind, StateRef, StateType, TensorType
+from qcn_compile.targets.base import Kernel, Ref
 from qcn_compile.targets.cpu import CpuTarget
 from qcn_compile.targets.tvm.sizes import state_columns
 
+__all__ = ["DECODE", "PREFILL", "PROGRAMS", "Host", "Lab", "Program", "Ragged", "Trial", "assert_close"]
+
 GUARD = 24  # elements behind every buffer that must stay as they were
-DECODE = Bucket("decode-8", 8, 8, 8)
-PREFILL = Bucket("prefill-64", 64, 16, 64)
-PROGRAMS: list[Program] = []
-PLAIN = Encoding()
-
-
-@dataclass(eq=False)
-class Program:
-    """Ops over named values. Inputs may be strided; ints are drawn from a range; weights carry an encoding."""
-
-    name: str
-    bucket: Bucket = PREFILL
-    values: dict[Value, Any] = field(default_factory=dict)
-    ops: list[Op] = field(default_factory=list)
-    states: dict[str, StateType] = field(default_factory=dict)
-    references: dict[Op, Callable[..., Any]] = field(default_factory=dict)
-    batch: Value = field(default_factory=lambda: Value("batch", BatchType()))
-
-    def __post_init__(self) -> None:
-        PROGRAMS.append(self)
-
-    def input(self, name: str, type_: str, stride: int = 0, ints: tuple[int, Dim | str] | None = None,
-              scale: float = 1.0) -> Value:
-        """A runtime operand; ints=(low, high) draws whole numbers below high (a number or a symbol's name)."""
-        value = Value(name, parse_type(type_))
-        self.values[value] = ("input", stride, ints, scale)
-        return value
-
-    def weight(self, name: str, shape: tuple[int, ...], encoding: Encoding = PLAIN, scale: float = 0.2) -> Value:
-        """A weight of the checkpoint."""
-        value = Value(name, parse_type(f"f32[{','.join(map(str, shape))}]"))
-        self.values[value] = ("weight", encoding, scale)
-        return value
-
-    def state(self, name: str, type_: StateType) -> StateRef:
-        """A cache."""
-        self.states[name] = type_
-        return StateRef(name)
-
-    def op(self, name: str, operands: Sequence[Value | None], reference: Callable[..., Any] | None = None,
-           **attrs: Any) -> Any:
-        """Append an op; returns its result, or a tuple of them."""
-        types = [v.type if v is not None else None for v in operands]
-        found = TABLE[name].infer(*types, **attrs)
-        result_types = found if isinstance(found, tuple) else (found,)
-        op = Op(name, list(operands), [], attrs, Location(f"test.{self.name}"))
-        op.results = [Value(f"{name}.{i}", t, op) for i, t in enumerate(result_types)]
-        self.ops.append(op)
-        if reference is not None:
-            self.references[op] = reference
-        return op.results[0] if len(op.results) == 1 else tuple(op.results)
-
-    def lower(self, target: CpuTarget) -> list[tuple[Op, Call]]:
-        """All launches in order."""
-        return [(op, c) for op in self.ops for c in target.lower(op, [self._operand(v) for v in op.operands],
-                                                                 [v.tensor for v in op.results], self.bucket)]
-
-    def _operand(self, value: Value | None) -> Operand | None:
-        if value is None or isinstance(value.type, BatchType):
-            return None
-        kind = self.values.get(value, ("result", 0))
-        if kind[0] == "weight":
-            return Operand(value.tensor, 0, kind[1])
-        return Operand(value.tensor, kind[1] or _width(value.tensor))
-
-
-def _width(type_: TensorType) -> int:
-    return int(np.prod([int(d) for d in type_.shape[1:]], dtype=np.int64))  # type: ignore[arg-type]
-
-
-@dataclass(frozen=True)
-class Ragged:
-    """Sequences of a batch: new tokens and tokens already cached, each."""
-
-    lengths: tuple[int, ...]
-    contexts: tuple[int, ...] = ()
-    rows: int = 1
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        return {"T": sum(self.lengths), "S": len(self.lengths), "R": self.rows}
-
-    def context(self, s: int) -> int:
-        return self.contexts[s] if self.contexts else 0
 
 
 @dataclass
@@ -322,7 +241,7 @@ class Trial:
                 self.plain[mine] = source.plain[theirs]
                 continue
             rows = source.plain[theirs][first:first + len(self.plain[mine])]
-            strides = (kind[1] or _width(mine.tensor)) * 4, 4
+            strides = (kind[1] or width_of(mine.tensor)) * 4, 4
             flat = np.lib.stride_tricks.as_strided(self.buffers[mine][1].view(rows.dtype).reshape(-1),
                                                    (len(rows), rows[0].size), strides)
             flat[...] = rows.reshape(len(rows), -1)
@@ -401,59 +320,3 @@ def strided(data: np.ndarray, stride: int) -> np.ndarray:
 def poison(type_: TensorType) -> Any:
     """What an unwritten result holds."""
     return np.float32(np.nan) if type_.dtype.is_float else np.int32(-1 << 30)
-
-
-class Any16(ctypes.Structure):
-    """QcnAny."""
-
-    _fields_ = (("type_index", ctypes.c_int32), ("padding", ctypes.c_int32), ("pointer", ctypes.c_uint64))
-
-
-class Launch(ctypes.Structure):
-    """QcnLaunch."""
-
-    _fields_ = (("fn", ctypes.c_void_p), ("args", ctypes.POINTER(Any16)), ("n_args", ctypes.c_int32),
-                ("reserved", ctypes.c_int32))
-
-
-class Host:
-    """libqcnhost.so through ctypes alone."""
-
-    def __init__(self, path: Path) -> None:
-        self.c = ctypes.CDLL(str(path))
-        self.c.qcn_host_load.restype = self.c.qcn_host_symbol.restype = ctypes.c_void_p
-        self.c.qcn_host_load.argtypes = [ctypes.c_char_p]
-        self.c.qcn_host_symbol.argtypes = [ctypes.c_void_p, ctypes.c_char_p]
-        self.c.qcn_host_run.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p]
-        self.c.qcn_host_error.restype = ctypes.c_char_p
-        self.threads = 0
-
-    def start(self, threads: int) -> None:
-        """Have a pool of that many threads."""
-        if threads != self.threads:
-            self.c.qcn_host_shutdown()
-            assert self.c.qcn_host_init(threads, 0) == 0, self.error()
-            self.threads = threads
-
-    def load(self, path: Path) -> int:
-        library = self.c.qcn_host_load(str(path).encode())
-        assert library, self.error()
-        return int(library)
-
-    def error(self) -> str:
-        return str(self.c.qcn_host_error().decode())
-
-    def table(self, library: int, launches: Sequence[tuple[str, Sequence[int]]]) -> Any:
-        """A launch table; keep it alive while it runs."""
-        rows = (Launch * len(launches))()
-        for row, (symbol, addresses) in zip(rows, launches, strict=True):
-            row.fn = self.c.qcn_host_symbol(library, symbol.encode())
-            assert row.fn, f"no kernel {symbol}"
-            row.args = (Any16 * len(addresses))(*[Any16(4, 0, a) for a in addresses])
-            row.n_args = len(addresses)
-        return rows
-
-    def run(self, library: int, launches: Sequence[tuple[str, Sequence[int]]]) -> None:
-        rows = self.table(library, launches)
-        failed = self.c.qcn_host_run(ctypes.byref(rows), len(rows), None)
-        assert failed == 0, f"launch {failed - 1} ({launches[failed - 1][0]}): {self.error()}"

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from harness import Any16, Host, Lab, Launch, Program, Ragged, Trial
+from harness import Host, Lab, Program, Ragged, Trial
+from host_abi import Any16, Launch
 
 WORK = Program("pool work")
 WORK.op("silu", [WORK.input("x", "f32[T,65]")])
