@@ -13,12 +13,14 @@ def gemv_shape(n: int, k: int, encoding: Encoding) -> dict[str, Param]:
     """Rows and columns of a program's weight tile, as measured on an H200 (tests/gpu/variants.py)."""
     block = min(power(k), 2048)
     if encoding.format == "bf16":
-        return {"BN": 1 if n < 1024 else 4, "BK": block, "WARPS": max(1, block // 512)}
+        return {"BN": 2 if n < 1024 else 4, "BK": block, "WARPS": max(1, block // 512)}
     if n > 65536:
-        return {"BN": 4, "BK": min(block, 1024), "WARPS": max(1, min(block, 1024) // 512)}
+        return {"BN": 8, "BK": min(block, 1024), "WARPS": max(1, min(block, 1024) // 512)}
     if k > 2048:
-        return {"BN": 2, "BK": block, "WARPS": max(1, block // 1024)}
-    return {"BN": 8 if n > 10000 else 4, "BK": block, "WARPS": max(1, block // 512)}
+        return {"BN": 4, "BK": block, "WARPS": max(1, block // 512)}
+    if n > 10000:
+        return {"BN": 16, "BK": block, "WARPS": max(1, block // 256)}
+    return {"BN": 4, "BK": block, "WARPS": max(1, block // 512)}
 
 
 def matmul_shape(tokens: int, n: int) -> dict[str, Param]:

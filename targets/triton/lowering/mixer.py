@@ -82,9 +82,9 @@ def paged_attention(site: Site) -> list[Call]:
     score = scratch("score", tokens * heads * SPLITS, "f32")
     return [
         call("attention_split", [site.ref(0), part, score, *pages, *BATCH], (tokens, kv_heads, SPLITS),
-             BG=max(16, group), BS=KEYS if dim <= 128 else KEYS // 2, SPLITS=SPLITS, WARPS=4, STAGES=2, **shared,
+             BG=max(16, group), BS=KEYS if dim <= 128 else KEYS // 2, SPLITS=SPLITS, WARPS=8, STAGES=2, **shared,
              **caches),
-        call("attention_combine", [part, score, *gate, result(), COUNTS], (tokens, heads), SPLITS=SPLITS, WARPS=4,
+        call("attention_combine", [part, score, *gate, result(), COUNTS], (tokens, heads), SPLITS=SPLITS, WARPS=8,
              **shared, **gated)]
 
 

@@ -42,13 +42,13 @@ def _pairs(site: Site) -> list[Call]:
     (up, up_kind), (down, down_kind) = _weights(site, 3), _weights(site, 4)
     add = site.op.name == "moe_add"
     bk, bf = min(power(hidden), 2048 if up_kind["SCALED"] else 1024), power(inner)
-    rows_up, rows_down = 4, 2
+    rows_up, rows_down = 4, 8  # measured on an H200 (tests/gpu/variants.py), like the warps
     return [
         call("moe_up", [site.ref(0), ids, *up, h, COUNTS], (cdiv(inner, rows_up), slots, tokens), SLOTS=slots, H=hidden,
              F=inner, BF=rows_up, BK=bk, SX=site.stride(0), WARPS=max(1, bk // 512), **up_kind),
         call("moe_down", [h, ids, weights, *down, *([site.ref(5)] if add else []), result(), COUNTS],
              (cdiv(hidden, rows_down), tokens), SLOTS=slots, H=hidden, F=inner, BF=bf, BH=rows_down,
-             SR=site.stride(5) if add else 0, ADD=add, WARPS=2, **down_kind)]
+             SR=site.stride(5) if add else 0, ADD=add, WARPS=4, **down_kind)]
 
 
 def _sorted(site: Site) -> list[Call]:
