@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from harness import PREFILL, PROGRAMS, Lab, Program
+from harness import PREFILL, Lab, Program
+from test_attention import PROGRAMS as ATTENTION
 
 from qcn_compile.errors import LoweringError
 from qcn_compile.ir.encoding import Encoding
@@ -62,7 +63,7 @@ def test_no_kernel_takes_memory_from_the_heap(lab: Lab) -> None:
 @pytest.mark.parametrize("mcpu", ["x86-64-v2", "x86-64-v3", "x86-64-v4", "znver3", "sapphirerapids", "cascadelake"])
 def test_other_processors_compile(mcpu: str) -> None:
     target = CpuTarget(mcpu)
-    program = next(p for p in PROGRAMS if p.name.startswith("attention 4/2"))
+    program = ATTENTION[0]
     kernels = [call.kernel for _, call in program.lower(target)] + SAMPLE[1:]
     if "avx2" in target.hardware.features:
         kernels.append(SAMPLE[0])
