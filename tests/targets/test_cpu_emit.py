@@ -38,7 +38,8 @@ def test_builds_are_byte_for_byte_equal(tmp_path: Path) -> None:
 
 def test_equal_in_another_process(tmp_path: Path) -> None:
     """Hash seeds and memory addresses leave no trace."""
-    code = ("import sys; from pathlib import Path; from test_cpu_emit import SAMPLE; from qcn_compile.targets.cpu import "
+    code = ("import sys; from pathlib import Path; from test_cpu_emit import SAMPLE;"
+            "from qcn_compile.targets.cpu import "
             "CpuTarget; CpuTarget().emit(SAMPLE, Path(sys.argv[1]))")
     for name, seed in (("a", "1"), ("b", "2")):
         subprocess.run([sys.executable, "-c", code, str(tmp_path / name)], check=True,
