@@ -197,7 +197,7 @@ class Scheduler:
     def _make_room(self, request: Request) -> None:
         """Pages for the request's next token, preempting later arrivals, and at last itself."""
         assert request.table is not None
-        while self._pages.free < (need := request.table.missing(len(request.tokens))) > self._pages.available:
+        while self._pages.free < request.table.missing(len(request.tokens)) > self._pages.available:
             victim = max(self.running, key=lambda r: r.arrival)
             self._preempt(victim)
             if victim is request:

@@ -69,7 +69,7 @@ def test_all_wrong_tensors_are_named_at_once(checkpoint: Path, tmp_path: Path,
     tensors = load_file(file)
     del tensors["model.norm.weight"]
     tensors["model.surplus.weight"] = torch.zeros(3)
-    wrong = next(name for name in tensors if name.endswith("in_proj_ba.weight") or name.endswith("o_proj.weight"))
+    wrong = next(name for name in tensors if name.endswith(("in_proj_ba.weight", "o_proj.weight")))
     tensors[wrong] = torch.zeros(5, 7)
     save_file(tensors, file)
     index = {k: v for k, v in index.items() if k != "model.norm.weight"} | {"model.surplus.weight": file.name}

@@ -46,7 +46,7 @@ TOOLS = {
         unit=("string", "celsius or fahrenheit"),
     ),
 }  # fmt: skip
-CITIES = "Paris London Berlin Tokyo Beijing Madrid Rome Oslo Cairo Lima Delhi Sydney Toronto Vienna Prague".split()
+CITIES = ["Paris", "London", "Berlin", "Tokyo", "Beijing", "Madrid", "Rome", "Oslo", "Cairo", "Lima", "Delhi", "Sydney", "Toronto", "Vienna", "Prague"]
 GREETINGS = (
     ("Hello", "Hello! How can I help you today?"),
     ("Hi", "Hi! What would you like to write?"),
