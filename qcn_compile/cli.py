@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qcn_compile import __version__
-from qcn_compile.errors import QcnError, UsageError
+from qcn_compile.commands import guarded
+from qcn_compile.errors import UsageError
 
 if TYPE_CHECKING:
     from qcn_compile.compile import Built, Options
     from qcn_compile.pipeline import Tracing
 
-INSTALL = "the compiler needs its extra packages: pip install 'qcn-compile[compile]'"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -57,19 +57,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     args = parser().parse_args(argv)
-    try:
-        return _run(args)
-    except QcnError as error:
-        print(f"qcn-compile: {error}", file=sys.stderr)
-        return error.exit_code
-    except ModuleNotFoundError as error:
-        if (error.name or "").startswith("qcn_compile"):
-            raise
-        print(f"qcn-compile: {error.name} is not installed; {INSTALL}", file=sys.stderr)
-        return UsageError.exit_code
-    except KeyboardInterrupt:
-        print("qcn-compile: interrupted; nothing was written", file=sys.stderr)
-        return 130
+    return guarded("qcn-compile", lambda: _run(args))
 
 
 def _run(args: argparse.Namespace) -> int:

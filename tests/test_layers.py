@@ -11,7 +11,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LAYERS = [("errors", "settings", "artifact"), ("ir",), ("targets",), ("passes",),
-          ("frontend", "lowering", "pipeline", "compile", "cli", "opt", "plugins", "report", "inspect", "onnx")]
+          ("frontend", "lowering", "pipeline", "compile", "commands", "cli", "opt", "plugins", "report", "inspect",
+           "onnx")]
 ORDER = {name: level for level, names in enumerate(LAYERS) for name in names}
 HEAVY = ("torch", "triton", "tvm", "tvm_ffi", "transformers", "onnx", "networkx")
 

@@ -1,0 +1,38 @@
+"""What every command of the compiler does alike: one line for an expected failure, a hint for a missing package."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+from qcn_compile.errors import QcnError, UsageError
+
+INSTALL = "the compiler needs its extra packages: pip install 'qcn-compile[compile]'"
+
+
+def guarded(name: str, body: Callable[[], int]) -> int:
+    """The exit code of `body`; expected failures become one message on standard error."""
+    try:
+        return body()
+    except QcnError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return error.exit_code
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("qcn_compile"):
+            raise
+        print(f"{name}: {error.name} is not installed; {INSTALL}", file=sys.stderr)
+        return UsageError.exit_code
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted; nothing was written", file=sys.stderr)
+        return 130
+
+
+def opt(argv: list[str] | None = None) -> int:
+    """Entry point of qcn-opt, whose module needs the compiler's packages to be imported at all."""
+
+    def body() -> int:
+        from qcn_compile.opt import main
+
+        return main(argv)
+
+    return guarded("qcn-opt", body)
