@@ -44,10 +44,10 @@ def test_the_report_says_what_fused_and_what_did_not(builds: Callable[[str], Pat
         assert plan["workspace_bytes"] <= 1.25 * plan["lower_bound_bytes"] + 64 * plan["buffers"]
 
 
-def test_layers_are_ten_launches_or_less(builds: Callable[[str], Path]) -> None:
-    """8 layers in decode; two ops of a layer (mixer, experts) take more than one launch."""
+def test_a_layer_is_thirteen_launches_or_less(builds: Callable[[str], Path]) -> None:
+    """8 layers in decode: six launches for a DeltaNet mixer with its norm, seven for the experts with theirs."""
     plan = read_plan(builds("bf16"), "plan/main-decode-1.json")
-    assert len(plan.launches) <= 8 * 12 + 5
+    assert len(plan.launches) <= 8 * 13 + 5
 
 
 @pytest.mark.parametrize("damage", ["truncate", "edit", "remove", "schema", "foreign"])
