@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from qcn_compile.ir import ops, rewrite, text
+from qcn_compile.ir import ops, pattern, text
 from qcn_compile.ir.optable import TABLE, OpSpec
 from qcn_compile.ir.types import DType, StateKind
 
@@ -28,7 +28,7 @@ def ir_reference() -> str:
         for spec in sorted(TABLE.values(), key=lambda s: s.name):
             if spec.reference.__module__ == module.__name__:
                 lines += _row(spec)
-    return "\n".join([*lines, "## Patterns of rewrite rules", "", rewrite.__doc__ or ""])
+    return "\n".join([*lines, "## Patterns of rewrite rules", "", pattern.__doc__ or ""])
 
 
 def _row(spec: OpSpec) -> Iterator[str]:
@@ -49,9 +49,10 @@ def cli_reference() -> str:
     from qcn_compile import cli, opt
     from qcn_compile.inspect import cli as inspect_cli
     from qcn_compile.runtime import cli as run_cli
+    from qcn_compile.runtime.bench import cli as bench_cli
 
     lines = ["# Command line reference", "", NOTE]
-    for parser in (cli.parser(), run_cli.parser(), opt.parser(), inspect_cli.parser()):
+    for parser in (cli.parser(), run_cli.parser(), opt.parser(), inspect_cli.parser(), bench_cli.parser()):
         lines += _command(parser)
     return "\n".join(lines)
 
