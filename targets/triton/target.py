@@ -13,9 +13,10 @@ from qcn_compile.ir.encoding import Encoding
 from qcn_compile.ir.graph import Op, Value
 from qcn_compile.ir.types import DType, StateKind, StateType, TensorType
 from qcn_compile.targets.base import Bucket, Call, Kernel, Operand
+from qcn_compile.targets.site import DECODE_TOKENS
 from qcn_compile.targets.spec import Hardware, hardware
 from qcn_compile.targets.triton import lowering, packing
-from qcn_compile.targets.triton.lowering.site import DECODE_TOKENS, Site
+from qcn_compile.targets.triton.lowering.site import Site
 from qcn_compile.targets.triton.specialise import specialise
 
 PAGE = 32  # tokens of a KV page

@@ -33,9 +33,11 @@ class Program:
     states: dict[str, StateType] = field(default_factory=dict)
     references: dict[Op, Callable[..., Any]] = field(default_factory=dict)
     batch: Value = field(default_factory=lambda: Value("batch", BatchType()))
+    registered: bool = True  # compiled with all others once a session; not so where lowering must fail
 
     def __post_init__(self) -> None:
-        PROGRAMS.append(self)
+        if self.registered:
+            PROGRAMS.append(self)
 
     def input(self, name: str, type_: str, stride: int = 0, ints: tuple[int, Dim | str] | None = None,
               scale: float = 1.0) -> Value:

@@ -54,7 +54,7 @@ def test_cache_units() -> None:
 
 
 def _lowering_error(name: str, *types: str, **attrs: object) -> str:
-    p = Program(f"bad {name}", BUCKET)
+    p = Program(f"bad {name}", BUCKET, registered=False)
     p.op(name, [p.input(f"x{i}", t) for i, t in enumerate(types)], **attrs)
     with pytest.raises(LoweringError) as caught:
         p.lower(CpuTarget("x86-64-v3"))
@@ -72,14 +72,14 @@ def test_errors_name_op_place_and_cure() -> None:
 
 
 def test_unsupported_encoding_names_the_cure() -> None:
-    p = Program("group 128", BUCKET)
+    p = Program("group 128", BUCKET, registered=False)
     p.op("linear", [p.input("x", "f32[T,256]"), p.weight("w", (16, 256), Encoding("int4", 128))])
     with pytest.raises(LoweringError, match="operand 1; group 128 is not supported on the CPU; use group 32"):
         p.lower(CpuTarget("x86-64-v3"))
 
 
 def test_attention_without_append() -> None:
-    p = Program("no append", BUCKET)
+    p = Program("no append", BUCKET, registered=False)
     kv = p.state("kv", StateType(StateKind.kv, DType.f32, (2, 16)))
     p.op("paged_attention", [p.input("q", "f32[T,4,16]"), None, p.batch], scale=1.0, state=kv)
     with pytest.raises(LoweringError, match="its query does not come from rope_append; keep the pass fuse-attention"):
@@ -88,7 +88,7 @@ def test_attention_without_append() -> None:
 
 def test_null_target_plans_and_builds_nothing(tmp_path: Path) -> None:
     target = NullTarget()
-    p = Program("null", BUCKET)
+    p = Program("null", BUCKET, registered=False)
     p.op("linear", [p.input("x", "f32[T,32]"), p.weight("w", (16, 32))])
     calls = [call for _, call in p.lower(target)]  # type: ignore[arg-type]
     assert calls and target.emit([c.kernel for c in calls], tmp_path) == [] and not list(tmp_path.iterdir())

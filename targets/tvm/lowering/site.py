@@ -1,26 +1,17 @@
-"""What a lowering sees: one op with its operands, and short ways to name kernel arguments. Imports no TVM."""
+"""What a CPU lowering sees: one op with its operands and the machine's features. Imports no TVM."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
 
-from qcn_compile.errors import LoweringError, UsageError
+from qcn_compile.errors import UsageError
 from qcn_compile.ir.encoding import Encoding, check
-from qcn_compile.ir.graph import Op
-from qcn_compile.ir.types import Dim, DType, StateRef, Sym, TensorType
-from qcn_compile.targets.base import Bucket, Call, Kernel, Operand, Param, Ref
+from qcn_compile.ir.types import Dim, DType, Sym, TensorType
+from qcn_compile.targets.base import Call, Kernel, Param, Ref
+from qcn_compile.targets.site import BATCH, COUNTS, SPANS, BaseSite, inner, result, state
 
-DECODE_TOKENS = 8  # buckets up to this many tokens get kernels tuned for reading weights once
-COUNTS = Ref("input", name="counts")
-BATCH = tuple(Ref("input", name=n) for n in ("token_seq", "cu_seqlens", "context_lens", "block_table", "counts"))
-SPANS = tuple(Ref("input", name=n) for n in ("cu_seqlens", "context_lens", "slots", "counts"))
-
-
-def result(index: int = 0) -> Ref:
-    """The buffer of a result."""
-    return Ref("result", index=index)
+__all__ = ["BATCH", "COUNTS", "SPANS", "Site", "call", "inner", "result", "scratch", "state"]
 
 
 def scratch(name: str, size: int) -> Ref:
@@ -28,42 +19,11 @@ def scratch(name: str, size: int) -> Ref:
     return Ref("scratch", name=name, bytes=max(64, -(-size // 64) * 64))
 
 
-def state(attr: str, part: str = "") -> Ref:
-    """The cache that an attribute names."""
-    return Ref("state", name=attr, part=part)
-
-
 @dataclass(frozen=True)
-class Site:
+class Site(BaseSite):
     """One op to lower, with what the target knows of its operands and of the machine."""
 
-    op: Op
-    operands: Sequence[Operand | None]
-    results: Sequence[TensorType]
-    bucket: Bucket
-    page: int
     avx2: bool
-
-    @property
-    def decode(self) -> bool:
-        """Whether the bucket is small: then little work is split over threads."""
-        return self.bucket.tokens <= DECODE_TOKENS
-
-    def fail(self, problem: str, cure: str) -> LoweringError:
-        """The error to raise: op, place, problem, cure."""
-        where = f" at {self.op.loc}" if str(self.op.loc) else ""
-        return LoweringError(f"{self.op.name}{where}: {problem}; {cure}")
-
-    def operand(self, index: int) -> Operand:
-        """An operand that must be there."""
-        found = self.operands[index]
-        if found is None:
-            raise self.fail(f"operand {index} is missing", "give the op all operands of its table row")
-        return found
-
-    def has(self, index: int) -> bool:
-        """Whether an optional operand is given."""
-        return index < len(self.operands) and self.operands[index] is not None
 
     def float_type(self, index: int) -> TensorType:
         """The type of an f32 operand."""
@@ -72,32 +32,11 @@ class Site:
             raise self.fail(f"operand {index} is {type_}, CPU kernels compute in f32", "cast the graph to f32 first")
         return type_
 
-    def attr(self, name: str) -> Param:
-        """A number, string or flag among the attributes."""
-        value = self.op.attrs[name]
-        if not isinstance(value, int | float | str | bool):
-            raise self.fail(f"attribute {name}={value!r} is no plain value", "give a number")
-        return value
-
-    def integer(self, name: str) -> int:
-        """A whole number among the attributes."""
-        return int(self.attr(name))
-
-    def real(self, name: str) -> float:
-        """A number among the attributes."""
-        return float(self.attr(name))
-
-    def stated(self, attr: str) -> None:
-        """Raises unless the attribute names a cache."""
-        if not isinstance(self.op.attrs.get(attr), StateRef):
-            raise self.fail(f"attribute {attr} names no cache", "bind states before lowering")
-
     def ref(self, index: int) -> Ref:
         """f32 data of an operand: a small weight as a vector blob, anything else as it is."""
-        self.float_type(index) if self.operand(index).encoding is None else None
-        if self.operand(index).encoding is not None:
-            return Ref("blob", index=index, layout="vector", part="w")
-        return Ref("operand", index=index)
+        if self.operand(index).encoding is None:
+            self.float_type(index)
+        return super().ref(index)
 
     def blob(self, index: int, layout: str, part: str = "w") -> Ref:
         """A part of a packed weight."""
@@ -126,21 +65,10 @@ class Site:
             return {"rows": size.name, "times": size.scale}
         return {"rows": str(size), "times": 1}
 
-    def capacity(self, shape: Sequence[Dim]) -> int:
-        """Greatest number of rows in this bucket."""
-        size = shape[0]
-        return size if isinstance(size, int) else size.at(self.bucket.sizes)
-
     def stride(self, index: int) -> int:
         """Distance between rows of an operand, 0 when dense."""
         found = self.operand(index)
         return 0 if found.stride in (0, inner(found.type.shape)) else found.stride
-
-
-def inner(shape: Sequence[Dim]) -> int:
-    """Elements of a row: the product of all axes but the first."""
-    sizes: list[int] = [int(d) for d in shape[1:]]  # type: ignore[arg-type]
-    return prod(sizes)
 
 
 def call(family: str, args: Sequence[Ref], **params: Param) -> Call:
