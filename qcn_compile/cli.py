@@ -36,6 +36,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--weights", choices=["copied", "late", "dummy"],
                      help="copied into the build (default), bound from the checkpoint by qcn-run --model (late), or "
                      "random, for measuring (dummy); late and dummy are for GPU targets")
+    top.add_argument("--tp", type=int, default=1, metavar="N", help="GPUs to split the model over (only 1 so far)")
     top.add_argument("--mtp", action="store_true", help="also build the MTP draft head")
     top.add_argument("--force", action="store_true", help="replace an output directory that is no build of ours")
     top.add_argument("--json", action="store_true", help="print the result as one JSON object")
@@ -66,6 +67,8 @@ def _run(args: argparse.Namespace) -> int:
     from qcn_compile.pipeline import Tracing
     from qcn_compile.plugins import load_plugins
 
+    if args.tp != 1:
+        raise UsageError(f"--tp {args.tp}: builds are for one GPU or CPU so far; leave --tp out")
     if args.emit == "onnx":
         return _emit_onnx(args)
     load_plugins(args.plugin)  # they may bring passes that other flags name
