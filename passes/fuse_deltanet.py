@@ -1,6 +1,7 @@
 """fuse-deltanet: the token mixer of a Gated DeltaNet layer becomes one op, from the convolution to the gated norm.
 
-The target lowers it twice: chunked for prefill, recurrent for decode.
+How it runs is the target's choice per bucket: one recurrence on the CPU, kernels for one token and for many on a GPU
+(docs/ARCHITECTURE.md says why not in chunks).
 """
 
 from __future__ import annotations
