@@ -27,7 +27,7 @@ def threads() -> int:
 
 
 def build_jobs() -> int:
-    """`QCN_BUILD_JOBS`: parallel workers of the compiler. Default: the cores this process may run on."""
+    """`QCN_BUILD_JOBS`: parallel workers of a GPU build. Default: the cores this process may run on."""
     return _integer("QCN_BUILD_JOBS", len(os.sched_getaffinity(0)), 1)
 
 

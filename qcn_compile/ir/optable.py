@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qcn_compile.errors import IRError
-from qcn_compile.ir.types import BatchType, DType, StateRef, TensorType, Type, size_of
+from qcn_compile.ir.types import DType, StateRef, TensorType, Type, size_of
 
 Infer = Callable[..., TensorType | tuple[TensorType, ...]]
 
@@ -123,8 +123,3 @@ def op(name: str, operands: str, /, *, infer: Infer, effects: dict[str, str] | N
 def same(index: int = 0) -> Infer:
     """Shape rule: the result has the type of operand `index`."""
     return lambda *types, **_: types[index]
-
-
-def is_batch(type_: Type | None) -> bool:
-    """Whether an operand is the ragged batch."""
-    return isinstance(type_, BatchType)

@@ -100,9 +100,6 @@ class TensorType:
     def rank(self) -> int:
         return len(self.shape)
 
-    def with_shape(self, *shape: Dim) -> TensorType:
-        return TensorType(self.dtype, tuple(shape))
-
     def bytes(self, bindings: dict[str, int] | None = None) -> int:
         """Storage bytes, rounded up to whole bytes."""
         return -(-size_of(self.shape, bindings) * self.dtype.bits // 8)

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from qcn_compile.errors import LoweringError
+from qcn_compile.settings import build_jobs
 from qcn_compile.targets.base import Kernel
 from qcn_compile.targets.spec import Hardware
 from qcn_compile.targets.triton.families import FAMILIES, constants, options
@@ -59,7 +60,7 @@ def emit(kernels: Sequence[Kernel], folder: Path, card: Hardware, progress: Prog
 def compiled(kernels: Sequence[Kernel], card: Hardware,
              workers: int | None = None) -> Iterator[tuple[bytes, dict[str, Any]]]:
     """(cubin, row of kernels.json) of each kernel, in order. A crash of the compiler ends a worker, not us."""
-    count = min(workers or len(os.sched_getaffinity(0)), max(len(kernels), 1))
+    count = min(workers or build_jobs(), max(len(kernels), 1))
     with ProcessPoolExecutor(count, mp_context=get_context("spawn"), initializer=_prepare) as pool:
         jobs = [pool.submit(compile_one, kernel, card.arch) for kernel in kernels]
         for kernel, job in zip(kernels, jobs, strict=True):
