@@ -48,18 +48,28 @@ def _from_llvm(mcpu: str) -> Hardware:
     if mcpu not in [str(name) for name in tvm.target.codegen.llvm_get_cpu_archlist(target)]:
         raise UsageError(f"--mcpu {mcpu}: neither data/cpu.toml nor LLVM knows it; "
                          f"try {', '.join(sorted(k for k, v in catalogue().items() if v.kind == 'cpu'))}")
-    features = tuple(name for name, (_, wanted) in NEEDS.items()
-                     if all(tvm.target.codegen.llvm_cpu_has_features(w, llvm_target(mcpu)) for w in wanted))
+    features = tuple(name for name, (_, wanted) in NEEDS.items() if _has(mcpu, wanted))
     return replace(hardware("host"), name=mcpu, mcpu=mcpu, features=features)
 
 
 def llvm_name(chip: Hardware) -> str:
-    """LLVM's name of the processor."""
+    """LLVM's name of the processor. A virtual machine may hide instructions of the processor that LLVM recognises:
+    then the widest level that has only what is there."""
     if chip.mcpu:
         return chip.mcpu
     import tvm
 
-    return str(tvm.target.codegen.llvm_get_system_cpu())
+    name = str(tvm.target.codegen.llvm_get_system_cpu())
+    hidden = [f for f, (_, wanted) in NEEDS.items() if f not in chip.features and _has(name, wanted)]
+    if not hidden:
+        return name
+    return "x86-64-v4" if "avx512" in chip.features else "x86-64-v3" if "avx2" in chip.features else "x86-64-v2"
+
+
+def _has(mcpu: str, wanted: tuple[str, ...]) -> bool:
+    import tvm
+
+    return all(tvm.target.codegen.llvm_cpu_has_features(w, llvm_target(mcpu)) for w in wanted)
 
 
 def llvm_target(mcpu: str) -> object:

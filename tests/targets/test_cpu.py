@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from qcn_compile.targets.base import Bucket
 from qcn_compile.targets.cpu import CpuTarget
 from qcn_compile.targets.null import NullTarget
 from qcn_compile.targets.spec import catalogue, hardware
+from qcn_compile.targets.tvm import processor
 
 BUCKET = Bucket("prefill-16", 16, 16, 16)
 
@@ -39,6 +41,18 @@ def test_processors() -> None:
     assert CpuTarget("cascadelake").describe() == {"mcpu": "cascadelake", "features": "avx2 avx512 vnni"}
     assert CpuTarget("haswell").describe()["mcpu"] == "haswell"
     assert CpuTarget().describe()["mcpu"]
+
+
+def test_a_host_that_hides_instructions_gets_a_level_without_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    import tvm
+
+    monkeypatch.setattr(tvm.target.codegen, "llvm_get_system_cpu", lambda: "znver4")
+    host = hardware("host")
+    full = replace(host, features=("avx2", "avx512", "vnni"))
+    assert processor.llvm_name(full) == "znver4"
+    assert processor.llvm_name(replace(full, features=("avx2", "avx512"))) == "x86-64-v4"
+    assert processor.llvm_name(replace(full, features=("avx2",))) == "x86-64-v3"
+    assert processor.llvm_name(replace(full, features=())) == "x86-64-v2"
 
 
 def test_cache_units() -> None:
