@@ -117,8 +117,14 @@ def optimised(model: str | Path | None, target: str, options: Options) -> Graph:
 def trace(model: str | Path | Any | None = None, dtype: str = "f32") -> Graph:
     """The main graph of a model as traced, before any pass, computed in `dtype` (f32 or bf16).
 
-    `model`: a checkpoint directory, a Hugging Face name, None (the bundled model), or a transformers config or model.
+    `model`: a checkpoint directory, a Hugging Face name, None (the bundled model), a transformers config or model, or
+    an .onnx file of standard ops, which keeps its own types (`qcn_compile.onnx.read` gives its tensors too).
+    Raises ModelError for what cannot be found or read, IRError naming an op or node that has no row.
     """
+    if isinstance(model, str | Path) and str(model).endswith(".onnx"):
+        from qcn_compile.onnx.read import read
+
+        return read(Path(model)).graph
     if model is None or isinstance(model, str | Path):
         return trace_model(locate(None if model is None else str(model), "cpu"), DType(dtype)).main
     return trace_model(getattr(model, "config", model), DType(dtype)).main

@@ -15,7 +15,8 @@ from qcn_compile.ir.types import Dim, DType, TensorType
 OPSET = 18  # what the standard ops used here need; every onnxruntime since 1.14 has it
 ALIGNMENT = 4096  # of weights in the data file, so that they can be mapped
 KINDS = {DType.f32: TensorProto.FLOAT, DType.i64: TensorProto.INT64, DType.i32: TensorProto.INT32,
-         DType.i1: TensorProto.BOOL, DType.i8: TensorProto.INT8, DType.u8: TensorProto.UINT8}
+         DType.i1: TensorProto.BOOL, DType.i8: TensorProto.INT8, DType.u8: TensorProto.UINT8,
+         DType.bf16: TensorProto.BFLOAT16, DType.f16: TensorProto.FLOAT16}
 LAST = 2 ** 31 - 1
 
 
