@@ -22,11 +22,13 @@ from qcn_compile.passes.fuse_norm import FuseNorm
 from qcn_compile.passes.merge_linears import MergeLinears
 from qcn_compile.passes.select_quantization import SelectQuantization
 from qcn_compile.passes.select_rows import SelectRows
+from qcn_compile.passes.shard import Shard
 from qcn_compile.plugins import home, op_at
 
 
-def default_passes(base: str = "f32", quant: str = "none", activations: str = "f32") -> list[Pass]:
-    """The standard order."""
+def default_passes(base: str = "f32", quant: str = "none", activations: str = "f32",
+                   shard: Shard | None = None) -> list[Pass]:
+    """The standard order; with `shard`, for one rank of several."""
     return [
         # 1. one spelling: no-ops gone, equal ops shared, weights first
         Canonicalize(),
@@ -41,6 +43,7 @@ def default_passes(base: str = "f32", quant: str = "none", activations: str = "f
         FuseEpilogue(),  # last of the fusions: a residual add belongs to whatever produces its operand by now
         # 3. decide: rows before formats, so that the output projection is seen in its final place
         SelectRows(),
+        *([shard] if shard is not None else []),  # whole heads and experts, before formats cut weights into blocks
         SelectQuantization(base=base, format=quant, group=128 if quant == "fp8" else 32, activations=activations),
         MergeLinears(),  # after the formats: only weights stored alike can be one weight
         Canonicalize(),
@@ -66,9 +69,10 @@ class Pipeline:
     passes: list[Pass]
 
     @staticmethod
-    def default(base: str = "f32", quant: str = "none", activations: str = "f32") -> Pipeline:
-        """The standard pipeline."""
-        return Pipeline(default_passes(base, quant, activations))
+    def default(base: str = "f32", quant: str = "none", activations: str = "f32",
+                shard: Shard | None = None) -> Pipeline:
+        """The standard pipeline; with `shard`, for one rank of several."""
+        return Pipeline(default_passes(base, quant, activations, shard))
 
     def _index(self, name: str) -> int:
         for index, item in enumerate(self.passes):

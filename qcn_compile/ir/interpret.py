@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import torch
@@ -40,6 +40,47 @@ def run(graph: Graph, inputs: dict[str, Any], weights: Weights | None = None,
 
     `watch(op, results)` is called after each op. Values are freed after their last use.
     """
+    walk = _walk(graph, inputs, weights, watch)
+    try:
+        op, _ = next(walk)
+    except StopIteration as done:
+        return list(done.value)
+    raise IRError(f"@{graph.name} is the graph of one rank of several: interpret all of them with run_ranks\n"
+                  f"  at {format_op(op)}")
+
+
+@torch.no_grad()
+def run_ranks(graphs: Sequence[Graph], inputs: Sequence[dict[str, Any]], weights: Weights | None = None
+              ) -> list[list[Any]]:
+    """Outputs of every rank's graph, all run together: at a collective each waits for the others."""
+    walks = [_walk(graph, given, weights) for graph, given in zip(graphs, inputs, strict=True)]
+    outputs: list[list[Any]] = [[] for _ in walks]
+    answers: list[Any] = [None] * len(walks)
+    while True:
+        waiting = []
+        for rank, walk in enumerate(walks):
+            try:
+                waiting.append(walk.send(answers[rank]))
+            except StopIteration as done:
+                outputs[rank] = list(done.value)
+        if not waiting:
+            return outputs
+        answers = _meet([op for op, _ in waiting], [value for _, value in waiting], len(walks))
+
+
+def _meet(ops: list[Op], operands: list[Any], ranks: int) -> list[Any]:
+    """The results of one collective. Raises IRError when the ranks came to different ones."""
+    first = ops[0]
+    for op in ops:
+        if len(ops) != ranks or (op.name, op.attrs) != (first.name, first.attrs) or op.attrs["ranks"] != ranks:
+            raise IRError(f"{len(ops)} of {ranks} ranks meet, one at {format_op(first)}, another at {format_op(op)}: "
+                          "all must run the same collectives in the same order")
+    return list(row(first.name).reference(operands, **plain_attrs(first.attrs)))
+
+
+def _walk(graph: Graph, inputs: dict[str, Any], weights: Weights | None,
+          watch: Callable[[Op, list[Any]], None] | None = None) -> Generator[tuple[Op, Any], Any, list[Any]]:
+    """Runs a graph; yields (op, operand) at a collective and takes its result back. Returns the outputs."""
     env: dict[Value, Any] = {}
     for value in graph.inputs:
         if value.name not in inputs:
@@ -47,7 +88,8 @@ def run(graph: Graph, inputs: dict[str, Any], weights: Weights | None = None,
         env[value] = inputs[value.name]
     last = last_uses(graph)
     for index, op in enumerate(graph.ops):
-        results = run_op(op, [None if v is None else env[v] for v in op.operands], weights)
+        operands = [None if v is None else env[v] for v in op.operands]
+        results = [(yield op, operands[0])] if row(op.name).collective else run_op(op, operands, weights)
         if watch:
             watch(op, results)
         env.update(zip(op.results, results, strict=True))

@@ -52,6 +52,7 @@ class OpSpec:
     effects: for each attribute that names a state, what the op does to it: "r", "w" or "rw".
     flops(types, result_types, attrs, sizes): FLOPs; the default counts one per result element.
     touched(types, sizes): share of an operand that is read, by index, where it is not all of it (a table, experts).
+    collective: all ranks take part; the reference maps the list of their operands to the list of their results.
     """
 
     name: str
@@ -64,6 +65,7 @@ class OpSpec:
     commutative: bool = False
     doc: str = ""
     touched: Callable[[list[Type | None], dict[str, int]], dict[int, float]] | None = None
+    collective: bool = False
 
     def cost(self, operands: list[Type | None], results: list[Type], attrs: dict[str, Any],
              sizes: dict[str, int]) -> Cost:
@@ -99,7 +101,7 @@ _REQUIRED = (int, float, bool, str, tuple, DType, StateRef)
 
 def op(name: str, operands: str, /, *, infer: Infer, effects: dict[str, str] | None = None,
        flops: Callable[..., int] | None = None, commutative: bool = False,
-       touched: Callable[..., dict[int, float]] | None = None,
+       touched: Callable[..., dict[int, float]] | None = None, collective: bool = False,
        **attrs: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register the decorated function as the reference of a new row.
 
@@ -114,7 +116,7 @@ def op(name: str, operands: str, /, *, infer: Infer, effects: dict[str, str] | N
             raise IRError(f"op {name!r} is in the table already; choose another name")
         names = tuple(part.strip() for part in operands.split(",") if part.strip())
         TABLE[name] = OpSpec(name, names, specs, infer, reference, effects or {}, flops, commutative,
-                             (reference.__doc__ or "").strip(), touched)
+                             (reference.__doc__ or "").strip(), touched, collective)
         return reference
 
     return register

@@ -10,7 +10,7 @@ import torch
 
 from qcn_compile.ir.batch import TORCH, Batch, Caches
 from qcn_compile.ir.graph import Graph
-from qcn_compile.ir.interpret import run
+from qcn_compile.ir.interpret import run, run_ranks
 from qcn_compile.ir.text import parse_graph, print_graph
 from qcn_compile.ir.types import BatchType
 from qcn_compile.passes.base import PassContext
@@ -25,11 +25,19 @@ def directives(text: str, key: str) -> list[str]:
     return [m.strip() for m in re.findall(rf"^// {key}: (.*)$", text, re.M)]
 
 
-def optimise(text: str, context: PassContext) -> Graph:
+def ranks(text: str) -> dict[str, int]:
+    """Options of `// RANKS: tp=4,ep=2`."""
+    given = directives(text, "RANKS")
+    return {key: int(n) for key, n in (item.split("=") for item in given[0].split(","))} if given else {}
+
+
+def optimise(text: str, context: PassContext, **options: object) -> Graph:
     passes = list(passes_by_name(directives(text, "RUN")[0].split(",")))
     pipeline = Pipeline(passes)
     for option in directives(text, "OPTIONS"):
         pipeline.replace(passes[-1].name, **dict([option.split("=")]))
+    if options:
+        pipeline.replace(passes[-1].name, **options)
     return pipeline.run(parse_graph(text), context, Tracing(verify=True))
 
 
@@ -79,24 +87,31 @@ def weights_for(*graphs: Graph) -> dict[str, torch.Tensor]:
 def test_case(path: Path) -> None:
     text = path.read_text()
     context = PassContext()
-    after = optimise(text, context)
+    many = ranks(text)
+    after = optimise(text, context, **many)
     check_lines(text, print_graph(after))
     for name in directives(text, "FIRED"):
         assert any(e.rule == name and not e.reason for _, e in context.log), (name, context.log)
     for reason in directives(text, "REFUSED"):
         assert any(reason in e.reason for _, e in context.log), (reason, context.log)
-    same_numbers(parse_graph(text), after, float((directives(text, "TOLERANCE") or ["0"])[0]))
+    others = [optimise(text, PassContext(), rank=rank, **many) for rank in range(1, many.get("tp", 1))]
+    same_numbers(parse_graph(text), [after, *others], float((directives(text, "TOLERANCE") or ["0"])[0]))
 
 
-def same_numbers(before: Graph, after: Graph, tolerance: float) -> None:
+def same_numbers(before: Graph, after: list[Graph], tolerance: float) -> None:
+    """The graph after a pass, or those of all ranks, compute what the graph before it does."""
     torch.manual_seed(0)
     weights = weights_for(before)
     inputs = random_inputs(before)
     want = run(before, inputs, weights.__getitem__)
     extra = {"rows": torch.arange(sum(LENGTHS), dtype=torch.int32)}
-    if before.states:
-        inputs |= {v.name: batch_for(before) for v in before.inputs if isinstance(v.type, BatchType)}
-    have = run(after, {**extra, **inputs}, weights.__getitem__)
-    for a, b in zip(want, have, strict=True):
-        limit = tolerance or (2e-2 if a.dtype == torch.bfloat16 else 1e-5)
-        assert torch.norm((a - b).float()) <= limit * torch.norm(a.float()) + 1e-9
+    have = run_ranks(after, [{**extra, **inputs, **fresh_batch(graph)} for graph in after], weights.__getitem__)
+    for outputs in have:
+        for a, b in zip(want, outputs, strict=True):
+            limit = tolerance or (2e-2 if a.dtype == torch.bfloat16 else 1e-5)
+            assert torch.norm((a - b).float()) <= limit * torch.norm(a.float()) + 1e-9
+
+
+def fresh_batch(graph: Graph) -> dict[str, object]:
+    """The batch input with empty caches of the graph's own sizes, where it has states."""
+    return {v.name: batch_for(graph) for v in graph.inputs if isinstance(v.type, BatchType)} if graph.states else {}

@@ -37,11 +37,13 @@ def _rows(index: int, rows: int):  # type: ignore[no-untyped-def]
         index: min(1.0, size_of(types[rows].shape, sizes) / size_of(types[index].shape[:1], sizes))}
 
 
-@op("embedding", "ids, w", touched=_rows(1, 0),
+@op("embedding", "ids, w", touched=_rows(1, 0), first=0,
     infer=lambda ids, w, **_: TensorType(w.dtype, (*ids.shape, w.shape[1])))
-def embedding(ids: Tensor, w: Tensor) -> Tensor:
-    """y[t] = w[ids[t]]. ids i32 [T], w [V, H] -> [T, H]."""
-    return w[ids.long()]
+def embedding(ids: Tensor, w: Tensor, *, first: int = 0) -> Tensor:
+    """y[t] = w[ids[t] - first], zeros for an id whose row is not in the table. ids i32 [T], w [V, H] -> [T, H]."""
+    rows = ids.long() - first
+    there = (rows >= 0) & (rows < w.shape[0])
+    return torch.where(there[..., None], w[rows.clamp(0, w.shape[0] - 1)], 0)
 
 
 @op("gather_rows", "x, rows", touched=_rows(0, 1),

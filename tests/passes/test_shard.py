@@ -1,0 +1,97 @@
+"""The graphs of all ranks together compute what the whole graph does; impossible layouts fail."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from qcn_compile.errors import IRError, PassError
+from qcn_compile.ir.graph import Graph, count
+from qcn_compile.ir.interpret import default_inputs, run, run_ranks
+from qcn_compile.passes.base import PassContext
+from qcn_compile.passes.narrow import compose, joined
+from qcn_compile.passes.shard import Shard
+from qcn_compile.pipeline import Pipeline, Tracing
+from tests.frontend.families import Case, relative, tiny
+
+TOKENS = [[5, 7, 9, 11, 13], [3], [2, 4, 6]]
+LAYOUTS = [("qwen3_next", 2, 1), ("qwen3_next", 4, 2), ("qwen3_next", 8, 8), ("qwen3_5_text", 4, 1), ("qwen3", 2, 1),
+           *(pytest.param(*layout, marks=pytest.mark.slow) for layout in [
+               ("qwen3_next", 4, 1), ("qwen3_next", 8, 1), ("qwen3_next", 2, 2), ("qwen3_next", 4, 4),
+               ("qwen3_5_moe_text", 4, 4), ("qwen3_5_moe_text", 8, 1), ("qwen3_moe", 8, 4), ("qwen3_moe", 4, 1)])]
+CASES: dict[str, Case] = {}
+
+
+def case(family: str) -> Case:
+    return CASES.setdefault(family, Case(family))
+
+
+def optimised(graph: Graph, shard: Shard | None) -> Graph:
+    return Pipeline.default(shard=shard).run(graph, PassContext(), Tracing(verify=True))
+
+
+@pytest.mark.parametrize(("family", "tp", "ep"), LAYOUTS)
+def test_ranks_compute_the_whole(family: str, tp: int, ep: int) -> None:
+    """2 key heads and up to 8 ranks: heads, key heads, DeltaNet groups, experts and vocabulary all get shared."""
+    model = case(family)
+    whole = optimised(model.graph, None)
+    graphs = [optimised(model.graph, Shard(rank, tp, ep)) for rank in range(tp)]
+    want = run(whole, default_inputs(whole, TOKENS), model.weight)
+    have = run_ranks(graphs, [default_inputs(graph, TOKENS) for graph in graphs], model.weight)
+    for outputs in have:
+        assert max(relative(a, b) for a, b in zip(outputs, want, strict=True)) < 1e-5
+    layers = model.config.num_hidden_layers
+    assert count(graphs[0].ops)["all_reduce"] == 2 * layers + 1
+    assert count(graphs[0].ops)["all_gather"] == 1
+
+
+def test_ranks_share_the_weights() -> None:
+    """Four ranks hold a quarter each, but for key heads, router and norms."""
+    model = case("qwen3_next")
+    sizes = [_held(optimised(model.graph, shard)) for shard in (None, *(Shard(rank, 4, 2) for rank in range(4)))]
+    assert sizes[1:] == [sizes[1]] * 4
+    assert 0.25 * sizes[0] < sizes[1] < 0.34 * sizes[0]
+
+
+def _held(graph: Graph) -> int:
+    """Elements of the weights that products read."""
+    return sum(v.tensor.bytes() for op in graph.ops if op.name == "encode" for v in op.results) // 4
+
+
+def test_one_rank_alone_is_refused() -> None:
+    graph = optimised(case("qwen3").graph, Shard(0, 2))
+    with pytest.raises(IRError, match="run_ranks"):
+        run(graph, default_inputs(graph, TOKENS), case("qwen3").weight)
+
+
+def test_ranks_that_disagree_are_refused() -> None:
+    model = case("qwen3")
+    graphs = [optimised(model.graph, Shard(0, 2)), optimised(model.graph, None)]
+    with pytest.raises(IRError, match="1 of 2 ranks meet"):
+        run_ranks(graphs, [default_inputs(graph, TOKENS) for graph in graphs], model.weight)
+
+
+@pytest.mark.parametrize(("changes", "tp", "ep", "message"), [
+    ({}, 3, 1, "--tp 3: 4 DeltaNet value heads cannot be shared evenly among 3 ranks"),
+    ({}, 4, 3, "--ep 3: the 4 ranks of --tp 4 cannot form 3 equal groups"),
+    ({"moe_intermediate_size": 6}, 4, 1, "--tp 4 --ep 1: experts of 6 channels cannot be cut into 4 slices; "
+                                         "choose a --ep of at least 2"),
+    ({"num_experts": 3}, 4, 4, "--ep 4: the model has 3 experts"),
+])
+def test_impossible_layouts(changes: dict[str, int], tp: int, ep: int, message: str) -> None:
+    from qcn_compile.frontend.trace import build, trace_main
+
+    graph = trace_main(build(tiny("qwen3_next", **changes))) if changes else case("qwen3_next").graph
+    with pytest.raises(PassError, match=message):
+        Pipeline.default(shard=Shard(0, tp, ep)).run(graph, PassContext())
+
+
+def test_composed_runs_read_the_same_rows() -> None:
+    """take(take(x, inner), outer) == take(x, compose(outer, inner)), run by run."""
+    def take(x: torch.Tensor, runs: tuple[tuple[int, int], ...]) -> torch.Tensor:
+        return torch.cat([x[a:a + n] for a, n in runs])
+
+    x, inner = torch.arange(40), ((8, 5), (0, 7), (20, 9))
+    for outer in (((0, 21),), ((3, 4), (11, 6)), ((20, 1), (0, 2), (4, 10))):
+        assert torch.equal(take(take(x, inner), outer), take(x, compose(outer, inner)))
+    assert joined(((0, 2), (2, 3), (6, 1))) == ((0, 5), (6, 1))
