@@ -25,7 +25,8 @@ def parser() -> argparse.ArgumentParser:
         "With no --model, the small model that ships with the project is used.")
     top.add_argument("--version", action="version", version=f"qcn-compile {__version__}")
     top.add_argument("--model", help="checkpoint directory or Hugging Face name (default: the bundled small model)")
-    top.add_argument("--target", default="cpu", help="cpu (default), a100, h100, h200, b200, or null (runs nothing)")
+    top.add_argument("--target", default="cpu", help="cpu (default), a chip of `qcn-inspect targets`, "
+                     "a hardware file (.toml), or null (runs nothing)")
     top.add_argument("--mcpu", help="CPU level to build for, as LLVM names it (default: this host)")
     top.add_argument("-o", "--output", default="build", help="artifact directory (default: build)")
     top.add_argument("--dtype", choices=["fp32", "bf16"], help="dtype of other weights (default: the checkpoint's)")

@@ -31,6 +31,14 @@ def build_jobs() -> int:
     return _integer("QCN_BUILD_JOBS", len(os.sched_getaffinity(0)), 1)
 
 
+def targets_folder() -> Path | None:
+    """`QCN_TARGETS`: a folder with more hardware files, like those of targets/data. Raises UsageError if it is none."""
+    text = os.environ.get("QCN_TARGETS")
+    if text and not Path(text).is_dir():
+        raise UsageError(f"QCN_TARGETS={text}: is no folder; unset it or name one with hardware files (.toml)")
+    return Path(text) if text else None
+
+
 def hub_cache() -> Path:
     """`HF_HUB_CACHE` or `HF_HOME`/hub: where Hugging Face checkpoints are looked up."""
     if cache := os.environ.get("HF_HUB_CACHE"):

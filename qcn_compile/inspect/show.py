@@ -126,14 +126,14 @@ def passes(data: list[dict[str, Any]]) -> Iterator[str]:
 
 def targets(data: list[dict[str, Any]]) -> Iterator[str]:
     """A chip a block."""
-    units = {"cores": "", "bandwidth": " GB/s", "flops": " GFLOP/s", "memory": " GB"}
+    units = {"cores": "", "bandwidth": " GB/s", "memory": " GB", "reserved": " GB", "link": " GB/s", "latency": " us"}
     for chip in data:
         alias = f" (also {', '.join(chip['aliases'])})" if chip["aliases"] else ""
         features = " ".join(["", *chip["features"]])
-        yield f"{chip['name']}{alias}: {chip['kind']}, {', '.join(chip['dtypes'])}{features}"
-        for name, unit in units.items():
-            if name in chip:
-                yield f"  {name:10} {chip[name]['value']:>10g}{unit:9} {chip[name]['source']}"
+        planned = "" if chip["builds"] else "; planned for, not built for yet"
+        yield f"{chip['name']}{alias}: {chip['kind']}, {', '.join(chip['dtypes'])}{features}{planned}"
+        for name, figure in chip["figures"].items():
+            yield f"  {name:10} {figure['value']:>10g}{units.get(name, ' GFLOP/s'):9} {figure['source']}"
 
 
 def diff(data: dict[str, Any]) -> Iterator[str]:

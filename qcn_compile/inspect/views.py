@@ -108,15 +108,15 @@ def verify(build: Build) -> dict[str, Any]:
 
 
 def targets() -> list[dict[str, Any]]:
-    """The chips that builds may be made for, each figure with its source."""
+    """The chips that are known, each figure with its source; `builds` tells whether kernels are written for it."""
     from qcn_compile.targets.spec import FIGURES, catalogue
 
     rows = {}
     for chip in catalogue().values():
-        figures = {name: getattr(chip, name) for name in FIGURES}
-        rows[chip.name] = {"name": chip.name, "kind": chip.kind, "dtypes": list(chip.dtypes),
-                           "aliases": list(chip.aliases), "features": list(chip.features),
-                           **{k: {"value": f.value, "source": f.source} for k, f in figures.items() if f is not None}}
+        known = {name: getattr(chip, name) for name in FIGURES} | {f"{n} rate": f for n, f in chip.rates.items()}
+        rows[chip.name] = {"name": chip.name, "kind": chip.kind, "builds": bool(chip.backend),
+                           "dtypes": list(chip.dtypes), "aliases": list(chip.aliases), "features": list(chip.features),
+                           "figures": {k: {"value": f.value, "source": f.source} for k, f in known.items() if f}}
     return list(rows.values())
 
 

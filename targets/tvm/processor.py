@@ -24,6 +24,9 @@ def resolve(mcpu: str | None) -> Hardware:
         return _host()
     assert mcpu is not None
     found = catalogue().get(mcpu)
+    if found is not None and found.kind == "cpu" and not found.backend:
+        raise UsageError(f"--mcpu {mcpu}: no kernels are written for {found.vendor} processors yet, so it cannot be "
+                         "built; --plan-only tells what it would hold and take")
     if found is not None and found.kind == "cpu":
         return replace(found, name=mcpu, mcpu=mcpu)
     return _from_llvm(mcpu)
