@@ -75,6 +75,19 @@ class Launch:
 
 
 @dataclass(frozen=True)
+class Route:
+    """A router of the plan: after `launch`, i32 [T, slots] at workspace `offset` names the experts of each token, of
+    `experts` that there are. Columns from `top_k` on are shared experts, which every token takes."""
+
+    launch: int
+    layer: str
+    offset: int
+    slots: int
+    top_k: int
+    experts: int
+
+
+@dataclass(frozen=True)
 class Plan:
     """The launches of one bucket. Capacities are upper bounds; the true sizes are in `counts` at run time.
 
@@ -89,6 +102,7 @@ class Plan:
     workspace_bytes: int
     launches: tuple[Launch, ...]
     outputs: dict[str, dict[str, Any]]
+    routes: tuple[Route, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -99,7 +113,8 @@ class Plan:
             Launch(**{**row, "args": tuple(Arg(**arg) for arg in row["args"]), "grid": tuple(row["grid"])})
             for row in data["launches"]
         )
-        return Plan(**{**data, "launches": launches})
+        routes = tuple(Route(**row) for row in data.get("routes", ()))
+        return Plan(**{**data, "launches": launches, "routes": routes})
 
 
 @dataclass(frozen=True)

@@ -86,6 +86,8 @@ def parser() -> argparse.ArgumentParser:
                    help="answers of --batch (default: its name with .out.jsonl); those already there are kept")
     o.add_argument("--json", action="store_true", help="one JSON object a line: every piece, then usage and timing")
     o.add_argument("--profile", action="store_true", help="time of every kernel, on stderr")
+    o.add_argument("--expert-statistics", type=Path, metavar="FILE",
+                   help="count which experts the tokens take; JSON, written at the end (CPU builds)")
     o.add_argument("--verify", action="store_true", help="hash every file of the build first")
     o.add_argument("--verbose", action="store_true", help="say what was loaded and what it costs")
     return p
@@ -153,11 +155,18 @@ def _load(arguments: argparse.Namespace, checkpoint: Checkpoint | None) -> Model
     if running is None:
         running = RUNNING if arguments.port is None and arguments.batch is None else SERVED
     with Progress() as progress:
-        return load(arguments.build, context_length=arguments.context_length, threads=arguments.threads,
-                    max_running_requests=running, prefill_chunk=None if chunk == -1 else chunk,
-                    cache_memory=cache_budget(arguments), huge_pages=arguments.huge_pages,
-                    verify=arguments.verify, model=arguments.model, prefix=prefix, speculation=speculation,
-                    report=progress.report)
+        model = load(arguments.build, context_length=arguments.context_length, threads=arguments.threads,
+                     max_running_requests=running, prefill_chunk=None if chunk == -1 else chunk,
+                     cache_memory=cache_budget(arguments), huge_pages=arguments.huge_pages,
+                     verify=arguments.verify, model=arguments.model, prefix=prefix, speculation=speculation,
+                     report=progress.report)
+    if arguments.expert_statistics is not None:
+        try:
+            model.count_experts(arguments.expert_statistics)
+        except QcnError:
+            model.close()
+            raise
+    return model
 
 
 def _sampling(model: Model, arguments: argparse.Namespace) -> SamplingParams:

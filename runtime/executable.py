@@ -8,13 +8,14 @@ from typing import Protocol
 
 import numpy as np
 
-from qcn_compile.artifact import Arg, Manifest, Plan, read_plan
+from qcn_compile.artifact import Arg, Manifest, Plan, Route, read_plan
 from qcn_compile.errors import ArtifactError, CapacityError, DeviceError
 from qcn_compile.runtime.batch import Capacity, InputArrays, Span
 from qcn_compile.runtime.device import ANY, LAUNCH, POINTER, CpuDevice, address, allocate
 from qcn_compile.runtime.memory import MemoryPlan, page_part_bytes
 from qcn_compile.runtime.prefix.rows import CacheRows
 from qcn_compile.runtime.profile import Profile
+from qcn_compile.runtime.routing import Routing
 from qcn_compile.runtime.weights import Weights
 
 
@@ -46,6 +47,7 @@ class Plans:
         self._places: dict[str, int] = {}
         self.workspace_bytes = max(plan.workspace_bytes for plan in plans)
         self.profile: Profile | None = None
+        self.routing: Routing | None = None
 
     @property
     def capacities(self) -> tuple[Capacity, ...]:
@@ -55,6 +57,11 @@ class Plans:
     @property
     def weight_bytes(self) -> int:
         return self._weights.nbytes
+
+    @property
+    def routes(self) -> tuple[Route, ...]:
+        """The routers of the smallest plan; the others have the same layers."""
+        return self._plans[0].routes
 
     def select(self, tokens: int, sequences: int, rows: int) -> Plan:
         """The smallest plan that holds a step. Raises CapacityError when none does."""
@@ -116,7 +123,7 @@ class Executable(Plans):
         rows = self._inputs.fill(spans)
         table = self._bound(plan)
         seconds = None if self.profile is None else np.zeros(len(table))
-        failed = self._device.run(table, seconds)
+        failed = self._device.run(table, seconds) if self.routing is None else self._watched(plan, table, seconds)
         if failed >= 0:
             launch = plan.launches[failed]
             raise DeviceError(f"kernel {launch.kernel} of op {launch.op} ({launch.location}) failed in plan {plan.name}"
@@ -127,6 +134,22 @@ class Executable(Plans):
         start, width = output["offset"], output["width"]
         logits = self._workspace[start:start + 4 * rows * width].view(np.float32).reshape(rows, width)
         return logits[:, :self._vocab]
+
+    def _watched(self, plan: Plan, table: np.ndarray, seconds: np.ndarray | None) -> int:
+        """The launches with a halt after every router, whose choices are counted; what `CpuDevice.run` returns."""
+        assert self.routing is not None
+        tokens, start = int(self._inputs.arrays["counts"][0]), 0
+        for route in plan.routes:
+            stop = route.launch + 1
+            failed = self._device.run(table[start:stop], None if seconds is None else seconds[start:stop])
+            if failed >= 0:
+                return start + failed
+            ids = self._workspace[route.offset:route.offset + 4 * tokens * route.slots].view(np.int32)
+            self.routing.add(route, ids.reshape(tokens, route.slots))
+            start = stop
+        self.routing.tokens += tokens
+        failed = self._device.run(table[start:], None if seconds is None else seconds[start:])
+        return start + failed if failed >= 0 else -1
 
     def _allocate_caches(self, manifest: Manifest) -> dict[tuple[str, str], np.ndarray]:
         caches = {}

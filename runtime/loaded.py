@@ -28,6 +28,7 @@ from qcn_compile.runtime.prefix.options import PrefixOptions
 from qcn_compile.runtime.prefix.rows import Rows
 from qcn_compile.runtime.ragged import RaggedSequences
 from qcn_compile.runtime.request import SamplingParams
+from qcn_compile.runtime.routing import Routing, check
 from qcn_compile.runtime.speculation.options import SpeculationOptions
 from qcn_compile.runtime.speculation.speculation import Speculation
 from qcn_compile.runtime.tokenizer import FOLDER, GenerationDefaults, Tokenizer
@@ -171,6 +172,19 @@ class Model:
             return self.tokenizer.encode(self.tokenizer.chat.render(prompt))  # type: ignore[arg-type]
         return list(prompt)  # type: ignore[arg-type]
 
+    def count_experts(self, file: str | PathLike[str] | None = None) -> Routing:
+        """Count from now on which experts the tokens take; with `file`, written there as JSON when the model closes.
+
+        Raises UsageError for GPU builds, and for builds without routers.
+        """
+        if not isinstance(self.executable, Executable):
+            raise UsageError("--expert-statistics: only CPU builds count; build for cpu and run the same text")
+        check(self.executable.routes, self._build)
+        routing = Routing(str(self.manifest.model["name"]), None if file is None else Path(file))
+        routing.write()  # a name that cannot be written is told now, not after a day
+        self.executable.routing = routing
+        return routing
+
     def describe(self) -> str:
         """What is loaded and what it costs, in one line."""
         return (f"{len(self.executable.capacities)} plans, {self._device}, "
@@ -189,6 +203,8 @@ class Model:
         if self.engine.prefixes is not None:
             self.engine.prefixes.close()
         self._device.close()
+        if self.executable.routing is not None:
+            self.executable.routing.write()
 
     def __enter__(self) -> Model:
         return self

@@ -1,44 +1,36 @@
-"""Expert pruning by routing statistics: count which experts a text uses, then drop the least used ones of each layer.
+"""Expert pruning by routing statistics: the runtime counts which experts a text uses, layers drop the least used.
 
     python docs/examples/prune_experts.py            # statistics, pruned build, and what it costs in perplexity
 
-The statistics come from the graph itself, run by the interpreter up to the routers, so any text may be counted. Pruning
-is lossy: tokens that wanted a dropped expert get the next best one.
+or, with text of your own:
+
+    qcn-run build/ --batch requests.jsonl --expert-statistics routing.json
+    qcn-compile --plugin docs/examples/prune_experts.py -o pruned
+
+Pruning is lossy: tokens that wanted a dropped expert get the next best one.
 """
 
-import json
 import sys
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import qcn_compile as qcn
 from qcn_compile.errors import UsageError
 from qcn_compile.ir.graph import Op
-from qcn_compile.ir.interpret import default_inputs, run
 from qcn_compile.ir.rewrite import Fired, Rewriter
+from qcn_compile.runtime.routing import read
 
 STATISTICS = "routing.json"
 
 
-def routers(graph: qcn.Graph) -> dict[str, Op]:
-    """The moe_route op of every layer, by the layer's module path."""
-    return {op.loc.module: op for op in graph.ops if op.name == "moe_route"}
-
-
-def collect(graph: qcn.Graph, weights: Any, sequences: list[list[int]]) -> dict[str, list[int]]:
-    """How often each expert was chosen, per layer. `graph` has passed fuse-moe; a shared expert is not counted."""
-    names = {op: name for name, op in routers(graph).items()}
-    counts: dict[str, Counter[int]] = {name: Counter() for name in names.values()}
-
-    def watch(op: Op, results: list[Any]) -> None:
-        if op in names:
-            counts[names[op]].update(results[0][:, :int(op.attrs["top_k"])].flatten().tolist())
-
-    run(graph, default_inputs(graph, sequences), weights, watch)
-    experts = {name: int(op.operands[0].tensor.shape[1]) - int(op.attrs["shared"]) for op, name in names.items()}
-    return {name: [counts[name][e] for e in range(experts[name])] for name in counts}
+def collect(build: str | Path, texts: list[str], file: str | Path) -> dict[str, list[int]]:
+    """Run texts through a build while it counts; the counts go to `file` and are returned, per layer and expert."""
+    with qcn.load(build) as model:
+        model.count_experts(file)
+        for text in texts:
+            model.logits(model.encode(text))
+    return read(file)
 
 
 @qcn.register_pass
@@ -52,11 +44,13 @@ class PruneExperts(qcn.Pass):
     keep: int = 12
 
     def run(self, graph: qcn.Graph, context: qcn.PassContext) -> qcn.Graph:
-        table = json.loads(Path(self.statistics).read_text())
+        table = read(self.statistics)
         rewriter = Rewriter(graph)
         for experts in [op for op in graph.ops if op.name == "moe_experts"]:
             route = experts.operands[1].op
-            counts = table[route.loc.module]
+            counts = table.get(route.loc.module)
+            if counts is None:
+                raise UsageError(f"{self.statistics} has no counts of {route.loc.module}; is it of another model?")
             if not int(route.attrs["top_k"]) <= self.keep <= len(counts):
                 raise UsageError(f"prune-experts: keep={self.keep} must lie between top_k={route.attrs['top_k']} and "
                                  f"{len(counts)} experts of {route.loc.module}")
@@ -88,32 +82,17 @@ def configure(pipeline: qcn.Pipeline) -> None:
     pipeline.insert(PruneExperts(), after="fuse-moe")
 
 
-def statistics(texts: list[str], tokenizer: Any) -> dict[str, list[int]]:
-    """Routing counts of the bundled model over some texts."""
-    from qcn_compile.compile import Options, optimised
-    from qcn_compile.frontend import trace_model
-    from qcn_compile.frontend.checkpoint import locate
-    from qcn_compile.pipeline import Tracing
-
-    graph = optimised(None, "cpu", Options(tracing=Tracing(stop_after="fuse-moe")))
-    weights = trace_model(locate(None, "cpu")).weights
-    return collect(graph, weights.get, [tokenizer(text) for text in texts])
-
-
-def main(folder: str = "pruned-builds", keep: str = "12") -> None:
-    """Count on some held-out texts, measure on others."""
+def main(folder: str = "pruned-builds", keep: str = "12") -> dict[str, float]:
+    """Count on some held-out texts, measure on others: prints a line a build, returns their perplexities."""
     from measure import held_out, report
 
-    texts = held_out(12)
+    texts, file = held_out(12), Path(folder) / STATISTICS
     qcn.compile(None, "cpu", f"{folder}/whole")
-    with qcn.load(f"{folder}/whole") as model:
-        table = statistics(texts[:4], model.encode)
-    file = Path(folder) / STATISTICS
-    file.write_text(json.dumps(table))
+    collect(f"{folder}/whole", texts[:4], file)
     pipeline = qcn.Pipeline.default("bf16").insert(PruneExperts(str(file), int(keep)), after="fuse-moe")
     qcn.compile(None, "cpu", f"{folder}/pruned", pipeline=pipeline)
-    report("all experts", f"{folder}/whole", texts[4:])
-    report(f"{keep} experts a layer", f"{folder}/pruned", texts[4:])
+    return {name: report(name, f"{folder}/{build}", texts[4:])
+            for name, build in (("all experts", "whole"), (f"{keep} experts a layer", "pruned"))}
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from qcn_compile.artifact import Arg, Launch, Plan
+from qcn_compile.artifact import Arg, Launch, Plan, Route
 from qcn_compile.errors import LoweringError
 from qcn_compile.ir.encoding import Encoding
 from qcn_compile.ir.graph import Graph, Op, Value
@@ -51,8 +51,20 @@ def make_plan(schedule: Schedule, names: Mapping[BlobKey, str]) -> tuple[Plan, l
                                str(step.op.loc), bytes_, flops, step.call.grid))
     bucket = schedule.bucket
     plan = Plan(schedule.graph.name, bucket.name, bucket.tokens, bucket.sequences, bucket.rows, total,
-                tuple(launches), _outputs(schedule.graph, schedule, offsets))
+                tuple(launches), _outputs(schedule.graph, schedule, offsets), _routes(schedule, offsets))
     return plan, buffers
+
+
+def _routes(schedule: Schedule, offsets: Mapping[Key, int]) -> tuple[Route, ...]:
+    """Where the routers leave their choices, for statistics."""
+    last = {step.op: index for index, step in enumerate(schedule.steps) if step.op.name == "moe_route"}
+    found = []
+    for op, index in last.items():
+        ids, logits = op.results[0], op.operands[0]
+        assert logits is not None
+        found.append(Route(index, op.loc.module, _placed(schedule, ids, offsets).offset, row_width(ids.tensor),
+                           int(op.attrs["top_k"]), row_width(logits.tensor) - int(bool(op.attrs["shared"]))))  # type: ignore[arg-type]
+    return tuple(found)
 
 
 def _argument(schedule: Schedule, op: Op, ref: Ref, offsets: Mapping[Key, int],

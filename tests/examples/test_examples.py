@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -14,8 +15,9 @@ from safetensors.torch import save_file
 import qcn_compile as qcn
 from qcn_compile.errors import PassError
 from qcn_compile.frontend import Traced
-from qcn_compile.ir.graph import Graph
+from qcn_compile.ir.graph import Graph, Op
 from qcn_compile.ir.interpret import default_inputs, run
+from qcn_compile.ir.text import parse_graph
 from qcn_compile.ir.verify import verify
 from qcn_compile.passes.base import PassContext
 from qcn_compile.passes.canonicalize import static_values
@@ -116,15 +118,44 @@ def test_lora_for_another_model(example: Example, traced: Traced, adapter: Path)
         qcn.Pipeline([example("merge_lora").MergeLora(str(adapter))]).run(traced.main, PassContext())
 
 
-def test_experts_are_pruned_by_use(example: Example, traced: Traced, tmp_path: Path) -> None:
-    module = example("prune_experts")
-    early = qcn.Pipeline.default()
+def interpreted(traced: Traced, sequences: list[list[int]]) -> dict[str, list[int]]:
+    """Experts chosen per layer, as the interpreter has them."""
+    early = qcn.Pipeline.default("bf16")
     early.passes = early.passes[:[p.name for p in early.passes].index("fuse-moe") + 1]
-    counts = module.collect(early.run(traced.main, PassContext()), traced.weights.get, TOKENS)
-    assert len(counts) == 8
-    assert all(sum(row) == 7 * 4 and len(row) == 16 for row in counts.values())
-    (tmp_path / "routing.json").write_text(json.dumps(counts))
-    results = {}
+    graph, counts = early.run(traced.main, PassContext()), dict[str, torch.Tensor]()
+
+    def watch(op: Op, results: list[torch.Tensor]) -> None:
+        if op.name == "moe_route":
+            counts[op.loc.module] = torch.bincount(results[0][:, :4].flatten(), minlength=16)
+
+    run(graph, default_inputs(graph, sequences), traced.weights.get, watch)
+    return {name: row.tolist() for name, row in counts.items()}
+
+
+def test_experts_are_pruned_by_use(example: Example, traced: Traced, tmp_path: Path,
+                                   capsys: pytest.CaptureFixture[str]) -> None:
+    module = example("prune_experts")
+    found = module.main(str(tmp_path))
+    assert found["all experts"] < found["12 experts a layer"] < 12  # measured: 4.46 and 7.12
+    assert len(capsys.readouterr().out.splitlines()) == 2
+    texts = sys.modules["measure"].held_out(4)
+    with qcn.load(tmp_path / "whole") as model:
+        tokens = [model.encode(text) for text in texts]
+    counts = module.read(tmp_path / "routing.json")
+    assert all(sum(row) == 4 * sum(map(len, tokens)) and len(row) == 16 for row in counts.values())
+    have = module.collect(tmp_path / "whole", texts[:1], tmp_path / "one.json")
+    want = interpreted(traced, tokens[:1])
+    assert have.keys() == want.keys() == counts.keys()
+    moved = sum(abs(a - b) for name in want for a, b in zip(have[name], want[name], strict=True))
+    assert moved <= 0.005 * sum(map(sum, want.values()))  # the interpreter has fp32 weights: near ties go elsewhere
+    graph = parse_graph((tmp_path / "pruned/ir/main.qir").read_text())
+    assert [op.operands[3].tensor.shape[0] for op in graph.ops if op.name == "moe_add"] == [13] * 8  # one is shared
+
+
+def test_pruning_what_is_not_used_changes_nothing(example: Example, traced: Traced, tmp_path: Path) -> None:
+    module, results = example("prune_experts"), {}
+    table = {f"model.layers.{i}.mlp": list(range(16)) for i in range(8)}
+    (tmp_path / "routing.json").write_text(json.dumps({"layers": table}))
     for keep in (16, 8):
         pruned = module.PruneExperts(str(tmp_path / "routing.json"), keep)
         graph = qcn.Pipeline.default().insert(pruned, after="fuse-moe").run(traced.main, PassContext())
@@ -135,6 +166,16 @@ def test_experts_are_pruned_by_use(example: Example, traced: Traced, tmp_path: P
     want = logits(traced.main, traced)
     assert (results[16] - want).norm() < 1e-5 * want.norm()
     assert (results[8] - want).norm() > 1e-3 * want.norm()
-    with pytest.raises(PassError, match="keep=3 must lie between top_k=4 and 16 experts"):
-        qcn.Pipeline.default().insert(module.PruneExperts(str(tmp_path / "routing.json"), 3), after="fuse-moe").run(
-            traced.main, PassContext())
+
+
+@pytest.mark.parametrize(("text", "keep", "message"), [
+    ("{}", 8, "no expert statistics"), ('{"layers": {}}', 8, "has no counts of model.layers.0.mlp; is it of another"),
+    (None, 3, "keep=3 must lie between top_k=4 and 16 experts")])
+def test_pruning_errors(example: Example, traced: Traced, tmp_path: Path, text: str | None, keep: int,
+                        message: str) -> None:
+    table = {"layers": {f"model.layers.{i}.mlp": [1] * 16 for i in range(8)}}
+    (tmp_path / "routing.json").write_text(text or json.dumps(table))
+    pruned = example("prune_experts").PruneExperts(str(tmp_path / "routing.json"), keep)
+    pipeline = qcn.Pipeline.default().insert(pruned, after="fuse-moe")
+    with pytest.raises(PassError, match=message):
+        pipeline.run(traced.main, PassContext())
