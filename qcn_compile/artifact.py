@@ -16,7 +16,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -179,6 +179,9 @@ def building(output: Path, force: bool) -> Iterator[Path]:
     if output.exists() and not force and not (output / "manifest.json").is_file() and any(output.iterdir()):
         raise UsageError(f"{output} exists and is no build of ours: name another folder or remove it")
     scratch = output.parent / f".{output.name}.partial-{os.getpid()}"
+    for left in output.parent.glob(f".{output.name}.partial-*"):
+        if not Path(f"/proc/{left.suffix.rpartition('-')[2]}").exists():  # of a build that was killed
+            shutil.rmtree(left, ignore_errors=True)
     try:
         scratch.mkdir(parents=True, exist_ok=True)
         yield scratch
@@ -199,11 +202,12 @@ def _swap(scratch: Path, output: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def seal(build: Path, manifest: Manifest) -> Manifest:
-    """Hash every file of the build and write the manifest, last."""
-    files = {}
+def seal(build: Path, manifest: Manifest, known: Mapping[str, str] | None = None) -> Manifest:
+    """Hash every file of the build but those whose sha256 is known, and write the manifest, last."""
+    files, known = {}, known or {}
     for path in sorted(p for p in build.rglob("*") if p.is_file() and p.name != "manifest.json"):
-        files[path.relative_to(build).as_posix()] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+        name = path.relative_to(build).as_posix()
+        files[name] = {"bytes": path.stat().st_size, "sha256": known.get(name) or file_sha256(path)}
     body = {**manifest.to_json(), "files": files}
     digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
     write_json(build / "manifest.json", {**body, "self_sha256": digest})

@@ -21,11 +21,12 @@ from qcn_compile.ir.graph import Graph
 from qcn_compile.ir.types import DType
 from qcn_compile.ir.verify import verify
 from qcn_compile.lowering.buckets import buckets_for
+from qcn_compile.lowering.convert import convert, key_of, resumable, take
 from qcn_compile.lowering.decide import Decision, decide
 from qcn_compile.lowering.late import deferred
 from qcn_compile.lowering.plan import blobs_of, make_plan
 from qcn_compile.lowering.schedule import Schedule, schedule
-from qcn_compile.lowering.weights import BlobKey, name_blobs, packed, write_shards
+from qcn_compile.lowering.weights import BlobKey, name_blobs, plan_files
 from qcn_compile.passes.base import PassContext
 from qcn_compile.pipeline import Pipeline, Tracing
 from qcn_compile.plugins import load_plugins
@@ -100,10 +101,10 @@ def compile(model: str | Path | None = None, target: str = "cpu", output: str | 
     with clock.stage("schedule"):
         schedules = [schedule(graph, bucket, chosen) for graph in graphs for bucket in buckets_for(chosen.kind)]
     with building(Path(output), options.force) as scratch:
-        manifest = _write(scratch, traced, chosen, decision, schedules, mode, clock, tell)
+        manifest, digests = _write(Path(output), scratch, traced, chosen, decision, schedules, mode, clock, tell)
         write_report(scratch, graphs, context, decision, schedules, options.tracing)
         used = {f"plugin {plugin.name}": plugin.sha256 for plugin in plugins}
-        manifest = seal(scratch, replace(manifest, tools={**manifest.tools, **used}))
+        manifest = seal(scratch, replace(manifest, tools={**manifest.tools, **used}), digests)
     note = located.note + (f"; built without weights (--weights {mode})" if traced.weights is None else "")
     return Built(Path(output), manifest, decision, clock.seconds, note)
 
@@ -147,6 +148,8 @@ def _weights_mode(options: Options, target: Target, traced: Traced, located: Loc
     """copied, late or dummy. Raises ModelError when the weights to copy are not there."""
     if options.weights not in (None, "copied", "late", "dummy"):
         raise UsageError(f"--weights {options.weights}: choose copied, late or dummy")
+    if target.kind == "null":
+        return "dummy"
     if options.weights in ("late", "dummy") and target.kind != "gpu":
         raise UsageError(f"--weights {options.weights}: only GPU targets build without weights")
     if traced.weights is not None:
@@ -177,35 +180,47 @@ def _optimise(graph: Graph, decision: Decision, context: PassContext, options: O
     return result
 
 
-def _write(build: Path, traced: Traced, target: Target, decision: Decision, schedules: Sequence[Schedule],
-           mode: str, clock: Clock, tell: Report) -> Manifest:
-    """Kernels, weights, plans and tokenizer; returns the manifest, not yet sealed."""
+def _write(output: Path, build: Path, traced: Traced, target: Target, decision: Decision,
+           schedules: Sequence[Schedule], mode: str, clock: Clock, tell: Report) -> tuple[Manifest, dict[str, str]]:
+    """Kernels, plans, tokenizer and weights; returns the manifest, not yet sealed, and the digests known already."""
     kernels = list(dict.fromkeys(step.call.kernel for s in schedules for step in s.steps))
     names = name_blobs(dict.fromkeys(key for s in schedules for key in blobs_of(s)))
     with clock.stage("kernels"):
         libraries = target.emit(kernels, build / "kernels", lambda done, total: tell("kernels", done, total))
-    with clock.stage("weights"):
-        weights = _write_weights(build, traced, target, names, mode, tell)
     plans = []
     for item in schedules:
         plan, _ = make_plan(item, names)
         plans.append(f"plan/{plan.entry}-{plan.name}.json")
         write_json(build / plans[-1], plan.to_json())
     _copy_tokenizer(traced, build / "tokenizer")
-    return _manifest(traced, target, decision, schedules, plans, [f"kernels/{n}" for n in libraries], weights, kernels)
+    with clock.stage("weights"):  # last: it is the longest, and what it has done survives an interrupt
+        weights, digests = _write_weights(output, build, traced, target, names, mode, tell)
+    manifest = _manifest(traced, target, decision, schedules, plans, [f"kernels/{n}" for n in libraries],
+                         weights, kernels)
+    return manifest, digests
 
 
-def _write_weights(build: Path, traced: Traced, target: Target, names: dict[BlobKey, str], mode: str,
-                   tell: Report) -> dict[str, Any]:
-    """The weight files, or what stands in for them; returns the manifest's `weights`."""
-    source = traced.weights.get if traced.weights is not None else _no_weights
+def _write_weights(output: Path, build: Path, traced: Traced, target: Target, names: dict[BlobKey, str], mode: str,
+                   tell: Report) -> tuple[dict[str, Any], dict[str, str]]:
+    """The weight files, or what stands in for them; returns the manifest's `weights`, and file -> sha256."""
     later, now = deferred(names, target, mode)
-    blobs = packed(now, source, target, lambda done, total: tell("weights", done, total))
-    return {"mode": mode, "files": [f"weights/{n}" for n in write_shards(blobs, build / "weights")], **later}
+    files = plan_files(now, target)
+    source, origin = (traced.weights, traced.weights.fingerprint()) if traced.weights else (NoWeights(), "")
+    with resumable(output, key_of(files, target, origin)) as folder:
+        written = convert(files, source, target, folder, lambda done, total: tell("weights", done, total))
+        digests = take(written, folder, build / "weights")
+    found = {f"weights/{name}": digest for name, digest in digests.items()}
+    return {"mode": mode, "files": list(found), **later}, found
 
 
-def _no_weights(name: str) -> Any:
-    raise ModelError(f"weight {name} is wanted, but there is no checkpoint; name one with --model")
+class NoWeights:
+    """The source of a build that has no checkpoint."""
+
+    def get(self, name: str) -> Any:
+        raise ModelError(f"weight {name} is wanted, but there is no checkpoint; name one with --model")
+
+    def rows(self, name: str, start: int, stop: int) -> Any:
+        self.get(name)
 
 
 def _manifest(traced: Traced, target: Target, decision: Decision, schedules: Sequence[Schedule], plans: list[str],
@@ -259,7 +274,8 @@ def progress_bars(stream: Any = None) -> Report:
         if not out.isatty():
             return
         if stage not in bars:
-            bars[stage] = tqdm(total=total, desc=stage, file=out, leave=True)
+            count = {"unit": "B", "unit_scale": True} if stage == "weights" else {}
+            bars[stage] = tqdm(total=total, desc=stage, file=out, leave=True, **count)
         bars[stage].n = done
         bars[stage].refresh()
         if done >= total:

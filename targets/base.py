@@ -9,7 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
-from qcn_compile.ir.encoding import Encoding
+from qcn_compile.ir.encoding import Encoding, Weight
 from qcn_compile.ir.graph import Op
 from qcn_compile.ir.types import StateType, TensorType
 
@@ -100,8 +100,17 @@ class Target(Protocol):
         """The kernel calls that compute `op`. Raises LoweringError naming the op, its location and the cure."""
         ...
 
-    def pack(self, layout: str, encoding: Encoding, weight: np.ndarray) -> dict[str, np.ndarray]:
-        """A float32 weight in the kernel's layout: part name -> 1-D array, a multiple of 64 bytes each."""
+    def pack(self, layout: str, encoding: Encoding, weight: Weight) -> dict[str, np.ndarray]:
+        """A weight in the kernel's layout: part name -> 1-D array."""
+        ...
+
+    def row_block(self, layout: str, encoding: Encoding) -> int:
+        """Matrices, and experts one by one, are packed that many rows (or a multiple) at a time: the results one after
+        the other are what `pack` makes of the whole. 0: rows of a matrix cannot be packed apart."""
+        ...
+
+    def packed_sizes(self, layout: str, encoding: Encoding, shape: tuple[int, ...]) -> dict[str, tuple[str, int]]:
+        """Part name -> (element type, bytes) of what `pack` makes of a weight of that shape."""
         ...
 
     def cache_unit(self, state: StateType, page_size: int) -> tuple[tuple[int, ...], int]:

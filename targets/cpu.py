@@ -9,14 +9,13 @@ from pathlib import Path
 import numpy as np
 
 from qcn_compile.errors import LoweringError
-from qcn_compile.ir.encoding import Encoding
+from qcn_compile.ir.encoding import Encoding, Weight
 from qcn_compile.ir.graph import Op
 from qcn_compile.ir.types import StateKind, StateType, TensorType
 from qcn_compile.targets.base import Bucket, Call, Kernel, Operand
 from qcn_compile.targets.spec import Hardware
-from qcn_compile.targets.tvm import lowering, processor
+from qcn_compile.targets.tvm import lowering, packing, processor
 from qcn_compile.targets.tvm.lowering.site import Site
-from qcn_compile.targets.tvm.packing import pack
 from qcn_compile.targets.tvm.sizes import KEYS, state_columns
 
 PAGE = 32  # tokens of a KV page
@@ -45,9 +44,17 @@ class CpuTarget:
         avx2 = "avx2" in self.hardware.features
         return lowering.lower(Site(op, operands, results, bucket, self.page_size, avx2))
 
-    def pack(self, layout: str, encoding: Encoding, weight: np.ndarray) -> dict[str, np.ndarray]:
-        """A float32 weight in the kernel's layout: part name -> 1-D array, a multiple of 64 bytes each."""
-        return pack(layout, encoding, weight)
+    def pack(self, layout: str, encoding: Encoding, weight: Weight) -> dict[str, np.ndarray]:
+        """A weight in the kernel's layout: part name -> 1-D array."""
+        return packing.pack(layout, encoding, weight)
+
+    def row_block(self, layout: str, encoding: Encoding) -> int:
+        """How many rows of a matrix are packed at a time."""
+        return packing.row_block(layout)
+
+    def packed_sizes(self, layout: str, encoding: Encoding, shape: tuple[int, ...]) -> dict[str, tuple[str, int]]:
+        """Part name -> (element type, bytes) of what `pack` makes of a weight of that shape."""
+        return packing.sizes(layout, encoding, shape)
 
     def cache_unit(self, state: StateType, page_size: int) -> tuple[tuple[int, ...], int]:
         """kv: [heads, dim, page], bytes of keys and values; conv: [W-1, C]; delta: [Hv, Dv/c, Dk, c] in f32."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from qcn_compile.ir.encoding import Encoding
+from qcn_compile.ir.encoding import Encoding, Weight
 from qcn_compile.ir.graph import Op
 from qcn_compile.ir.types import StateType, TensorType
 from qcn_compile.targets.base import Bucket, Call, Kernel, Operand
@@ -33,10 +33,17 @@ class NullTarget:
         """The CPU's launches."""
         return self._cpu.lower(op, operands, results, bucket)
 
-    def pack(self, layout: str, encoding: Encoding, weight: np.ndarray) -> dict[str, np.ndarray]:
-        """One line of zeros for each part."""
-        parts = ("w", "s") if encoding.format in ("int8", "int4") and layout in ("tiles", "gate_up") else ("w",)
-        return {part: np.zeros(64, np.uint8) for part in parts}
+    def pack(self, layout: str, encoding: Encoding, weight: Weight) -> dict[str, np.ndarray]:
+        """The CPU's blobs."""
+        return self._cpu.pack(layout, encoding, weight)
+
+    def row_block(self, layout: str, encoding: Encoding) -> int:
+        """As on the CPU."""
+        return self._cpu.row_block(layout, encoding)
+
+    def packed_sizes(self, layout: str, encoding: Encoding, shape: tuple[int, ...]) -> dict[str, tuple[str, int]]:
+        """As on the CPU."""
+        return self._cpu.packed_sizes(layout, encoding, shape)
 
     def cache_unit(self, state: StateType, page_size: int) -> tuple[tuple[int, ...], int]:
         """The CPU's layout."""

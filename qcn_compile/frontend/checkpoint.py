@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import struct
 from dataclasses import dataclass
+from io import FileIO
+from math import prod
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+import torch
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 
@@ -19,7 +21,9 @@ from qcn_compile.errors import ModelError
 SUPPORTED = ("qwen3_next", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_5", "qwen3_5_text", "qwen3_moe", "qwen3")
 """The model types that the tests compare with transformers."""
 
-OPEN_FILES = 2
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64,
+          "F8_E4M3": torch.float8_e4m3fn, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32,
+          "I64": torch.int64, "BOOL": torch.bool}
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 _ASSETS = Path(qcn_compile.__file__).parent / "assets"
 _CODER_NEXT = "Qwen/Qwen3-Coder-Next"
@@ -152,11 +156,12 @@ def _json(path: Path, cure: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor on disk: its file, its dtype in safetensors' spelling, its shape."""
+    """A tensor on disk: its file, its dtype in safetensors' spelling, its shape, where its bytes start and end."""
 
     file: Path
     dtype: str
     shape: tuple[int, ...]
+    span: tuple[int, int]
 
 
 def read_header(file: Path) -> dict[str, Stored]:
@@ -173,7 +178,7 @@ def read_header(file: Path) -> dict[str, Stored]:
         entries = json.loads(text)
         entries.pop("__metadata__", None)
         end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
-        found = {name: Stored(file, entry["dtype"], tuple(entry["shape"])) for name, entry in entries.items()}
+        found = {name: _stored(file, 8 + length, name, entry) for name, entry in entries.items()}
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise ModelError(f"{file} is damaged: its header cannot be read ({error}); {again}") from None
     if size != 8 + length + end:
@@ -182,12 +187,20 @@ def read_header(file: Path) -> dict[str, Stored]:
     return found
 
 
+def _stored(file: Path, base: int, name: str, entry: dict[str, Any]) -> Stored:
+    shape, (first, last) = tuple(entry["shape"]), entry["data_offsets"]
+    if entry["dtype"] not in DTYPES:
+        raise ModelError(f"{file}: {name} is stored in {entry['dtype']}; known are {', '.join(DTYPES)}")
+    if prod(shape) * DTYPES[entry["dtype"]].itemsize != last - first:
+        raise ValueError(f"{name} has shape {list(shape)} in {last - first} bytes")
+    return Stored(file, entry["dtype"], shape, (base + first, base + last))
+
+
 class Checkpoint:
     """The tensors of a directory of safetensors files: headers are read at once, data when asked for."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._open: dict[Path, Any] = {}
         self.tensors: dict[str, Stored] = {}
         for file in self._files():
             self.tensors.update(read_header(file))
@@ -209,15 +222,31 @@ class Checkpoint:
                              f"{', '.join(absent[:5])}{', ...' if len(absent) > 5 else ''}; {cure}")
         return files
 
-    def read(self, name: str) -> Tensor:
-        """One tensor, from the memory-mapped file."""
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """A tensor as stored, or its rows start..stop, into memory of its own; any thread may call it."""
         stored = self.tensors[name]
+        kind, shape = DTYPES[stored.dtype], stored.shape
+        if shape:
+            shape = ((shape[0] if stop is None else stop) - start, *shape[1:])
+        row = prod(shape[1:]) * kind.itemsize
+        data = bytearray(prod(shape) * kind.itemsize)
         try:
-            if stored.file not in self._open:
-                while len(self._open) >= OPEN_FILES:  # a mapped file counts as resident memory
-                    self._open.pop(next(iter(self._open)))
-                self._open[stored.file] = safe_open(stored.file, framework="pt")
-            tensor: Tensor = self._open[stored.file].get_tensor(name)
-        except (SafetensorError, OSError) as error:
+            with stored.file.open("rb", buffering=0) as handle:
+                handle.seek(stored.span[0] + start * row)
+                _fill(handle, memoryview(data))
+        except OSError as error:
             raise ModelError(f"{stored.file}: {name} cannot be read ({error}); download the file again") from error
-        return tensor
+        return torch.frombuffer(data, dtype=kind).reshape(shape) if data else torch.empty(shape, dtype=kind)
+
+    def fingerprint(self) -> str:
+        """Names, sizes and times of the files: whether this is still the same checkpoint."""
+        facts = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in {s.file for s in self.tensors.values()}]
+        return json.dumps([str(self.path.resolve()), *sorted(facts)])
+
+
+def _fill(handle: FileIO, view: memoryview) -> None:
+    while view:
+        count = handle.readinto(view)
+        if not count:
+            raise OSError("the file ends early")
+        view = view[count:]

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -154,10 +155,32 @@ class WeightSource:
 
     def get(self, name: str) -> Tensor:
         """The weight of a `weight` op, in the dtype the model was traced in. Raises ModelError for an unknown name."""
+        recipe = self._recipe(name)
+        whole = self.checkpoint.read(recipe.keys[None][0]) if None in recipe.keys else self._merged(recipe, slice(None))
+        return whole.to(recipe.parameter.dtype)
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows start..stop of a weight (experts of a stack): bf16 as stored, anything else in the traced dtype."""
+        recipe = self._recipe(name)
+        if None in recipe.keys:
+            found = self.checkpoint.read(recipe.keys[None][0], start, stop)
+        elif all(len(keys) == recipe.parameter.shape[0] for keys in recipe.keys.values()):
+            found = self._merged(recipe, slice(start, stop))
+        else:
+            found = self._merged(recipe, slice(None))[start:stop]
+        return found if found.dtype is torch.bfloat16 else found.to(recipe.parameter.dtype)
+
+    def fingerprint(self) -> str:
+        """Whether the checkpoint is still the same."""
+        return self.checkpoint.fingerprint()
+
+    def _recipe(self, name: str) -> Recipe:
         recipe = self.recipes.get(name)
         if recipe is None:
             raise ModelError(f"{self.checkpoint.path} has no tensors for parameter {name}")
-        if None in recipe.keys:
-            return self.checkpoint.read(recipe.keys[None][0]).to(recipe.parameter.dtype)
-        sources = {str(pattern): [self.checkpoint.read(key) for key in keys] for pattern, keys in recipe.keys.items()}
-        return recipe.mapping.merge(recipe.path, sources).to(recipe.parameter.dtype)
+        return recipe
+
+    def _merged(self, recipe: Recipe, part: slice) -> Tensor:
+        """Some of the experts of a stack that the checkpoint keeps apart."""
+        return recipe.mapping.merge(recipe.path, {str(pattern): [self.checkpoint.read(key) for key in keys[part]]
+                                                  for pattern, keys in recipe.keys.items()})

@@ -1,10 +1,11 @@
-"""What a stored number means: quantisation of weights and of activations, in plain NumPy.
+"""What a stored number means: quantisation of weights and of activations.
 
 Weights are cut along K into groups of 32; a group shares one f16 scale. `dequantize(quantize(w))` is the weight that a
 kernel multiplies with, so it is the reference of every quantised kernel and of the IR op that encodes a weight.
 
     int8   codes -127..127, scale = max|w| / 127
-    int4   codes -8..7, scale = -(the value of largest magnitude) / 8, so that this value is hit exactly (as in Q4_0)
+    int4   codes -8..7, scale = -(the value of largest magnitude) / 8, so that this value is hit exactly (as in Q4_0);
+           of two that are equally large, the positive one
     bf16   codes are bit patterns, rounded to nearest even; no scales
     fp8    e4m3 codes, one f32 scale per block of 128 x 128 (GPU; see `fp8`)
 """
@@ -12,8 +13,11 @@ kernel multiplies with, so it is the reference of every quantised kernel and of 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from qcn_compile.errors import UsageError
 from qcn_compile.ir import fp8
@@ -29,10 +33,26 @@ class Encoding:
     activations: str = "f32"
 
 
+@dataclass(frozen=True)
+class Coded:
+    """A weight that is quantised already: codes and scales as `quantize` makes them, `size` values in a row."""
+
+    codes: Tensor
+    scales: Tensor
+    encoding: Encoding
+    size: int
+
+    def wide(self) -> Tensor:
+        """The f32 values [..., N, size]."""
+        return torch.from_numpy(dequantize(self.codes.numpy(), self.scales.numpy(), self.encoding, self.size))
+
+
+Weight: TypeAlias = np.ndarray | Tensor | Coded
 GROUP = 32
 FORMATS = ("f32", "bf16", "int8", "int4")
-TINY = np.float32(1e-30)  # groups smaller than this are all zero
-F16_MAX = np.float32(65504.0)
+LIMITS = {"int8": (-127, 127), "int4": (-8, 7)}
+TINY = 1e-30  # groups smaller than this are all zero
+F16_MAX = 65504.0
 
 
 def check(encoding: Encoding) -> None:
@@ -57,34 +77,51 @@ def padded(size: int, multiple: int = GROUP) -> int:
     return -(-size // multiple) * multiple
 
 
-def groups(w: np.ndarray) -> np.ndarray:
-    """[..., K] as f32 [..., ceil(K/32), 32], filled up with zeros."""
-    w = np.asarray(w, np.float32)
-    size = w.shape[-1]
-    if size % GROUP:
-        w = np.concatenate([w, np.zeros((*w.shape[:-1], padded(size) - size), np.float32)], -1)
+def wide(w: Weight) -> Tensor:
+    """Any weight in f32. A weight in f32 is not copied."""
+    if isinstance(w, Coded):
+        return w.wide()
+    if isinstance(w, Tensor):
+        return w.float()
+    return torch.from_numpy(np.require(w, np.float32, ["C", "W"]))
+
+
+def groups(w: Tensor) -> Tensor:
+    """[..., K] as [..., ceil(K/32), 32], filled up with zeros."""
+    w = torch.nn.functional.pad(w, (0, -w.shape[-1] % GROUP))
     return w.reshape(*w.shape[:-1], -1, GROUP)
 
 
-def quantize(w: np.ndarray, encoding: Encoding) -> tuple[np.ndarray, np.ndarray | None]:
-    """f32 [..., K] -> (codes, scales): int8 [..., K padded to 32] and f16 [..., groups] for int8 and int4,
-    uint16 [..., K] and None for bf16, f32 [..., K] and None for f32."""
+def quantize(w: Weight, encoding: Encoding) -> tuple[np.ndarray, np.ndarray | None]:
+    """[..., K] -> (codes, scales): int8 [..., K padded to 32] and f16 [..., groups] for int8 and int4,
+    uint16 [..., K] and None for bf16, f32 [..., K] and None for f32. Codes of the same encoding are taken as they are.
+    """
+    if isinstance(w, Coded) and (w.encoding.format, w.encoding.group) == (encoding.format, encoding.group):
+        return w.codes.numpy(), w.scales.numpy()
     if encoding.format == "fp8":
-        return fp8.quantize(w)
+        return fp8.quantize(wide(w))
     check(encoding)
     if encoding.format == "f32":
-        return np.asarray(w, np.float32), None
+        return wide(w).numpy(), None
     if encoding.format == "bf16":
         return to_bf16(w), None
-    blocks = groups(w)
-    extreme = np.take_along_axis(blocks, np.abs(blocks).argmax(-1)[..., None], -1)[..., 0]
-    scales = np.abs(extreme) / np.float32(127) if encoding.format == "int8" else extreme / np.float32(-8)
-    scales = np.clip(scales, -F16_MAX, F16_MAX).astype(np.float16)
-    wide = scales.astype(np.float32)
-    inverse = np.divide(1, wide, out=np.zeros_like(wide), where=np.abs(wide) > TINY)
-    low, high = (-127, 127) if encoding.format == "int8" else (-8, 7)
-    codes = np.clip(np.rint(blocks * inverse[..., None]), low, high).astype(np.int8)
-    return codes.reshape(*codes.shape[:-2], -1), scales
+    blocks = groups(wide(w))
+    scales = group_scales(blocks, encoding.format)
+    wide_scales = scales.float()
+    inverse = torch.where(wide_scales.abs() > TINY, 1 / wide_scales, 0)
+    low, high = LIMITS[encoding.format]
+    codes = (blocks * inverse[..., None]).round_().clamp_(low, high).to(torch.int8)
+    return codes.reshape(*codes.shape[:-2], -1).numpy(), scales.numpy()
+
+
+def group_scales(blocks: Tensor, format_: str) -> Tensor:
+    """f16 scales [...] of f32 groups [..., 32]."""
+    most, least = blocks.amax(-1), blocks.amin(-1)
+    if format_ == "int8":
+        scales = torch.maximum(most, -least) / 127
+    else:
+        scales = torch.where(most >= -least, most, least) / -8
+    return scales.clamp_(-F16_MAX, F16_MAX).half()
 
 
 def dequantize(codes: np.ndarray, scales: np.ndarray | None, encoding: Encoding, size: int) -> np.ndarray:
@@ -101,15 +138,15 @@ def dequantize(codes: np.ndarray, scales: np.ndarray | None, encoding: Encoding,
     return blocks.reshape(*codes.shape)[..., :size]
 
 
-def encode(w: np.ndarray, encoding: Encoding) -> np.ndarray:
+def encode(w: Weight, encoding: Encoding) -> np.ndarray:
     """The weight as kernels see it: dequantize(quantize(w))."""
     codes, scales = quantize(w, encoding)
-    return dequantize(codes, scales, encoding, np.asarray(w).shape[-1])
+    return dequantize(codes, scales, encoding, w.size if isinstance(w, Coded) else w.shape[-1])
 
 
 def quantize_activations(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """f32 [..., K] -> (int8 codes [..., K padded], f32 scales [..., groups]), scale = max|x| / 127 in a group of 32."""
-    blocks = groups(x)
+    blocks = groups(wide(x)).numpy()
     most = np.abs(blocks).max(-1)
     inverse = np.divide(np.float32(127), most, out=np.zeros_like(most), where=most > TINY)
     codes = np.rint(blocks * inverse[..., None]).astype(np.int8)
@@ -123,11 +160,10 @@ def encode_activations(x: np.ndarray) -> np.ndarray:
     return blocks.reshape(codes.shape)[..., :np.asarray(x).shape[-1]]
 
 
-def to_bf16(w: np.ndarray) -> np.ndarray:
-    """Bit patterns of f32 rounded to bf16, nearest even. NaN stays NaN."""
-    bits = np.ascontiguousarray(w, np.float32).view(np.uint32)
-    rounded = (bits + (0x7FFF + ((bits >> 16) & 1))) >> 16
-    return np.where(np.isnan(w), 0x7FC0, rounded).astype(np.uint16)
+def to_bf16(w: Weight) -> np.ndarray:
+    """Bit patterns of a weight rounded to bf16, nearest even. NaN stays NaN."""
+    source = w if isinstance(w, Tensor) else wide(w)
+    return source.bfloat16().contiguous().view(torch.int16).numpy().view(np.uint16)
 
 
 def from_bf16(bits: np.ndarray) -> np.ndarray:

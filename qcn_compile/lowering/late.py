@@ -7,10 +7,10 @@ filling. What depends on no checkpoint tensor (rotary frequencies) is written in
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
+from qcn_compile.artifact import ALIGNMENT
 from qcn_compile.errors import LoweringError
-from qcn_compile.ir.encoding import Encoding
 from qcn_compile.ir.graph import Op, Value
 from qcn_compile.ir.types import DType
 from qcn_compile.lowering.weights import BlobKey, sources
@@ -18,12 +18,6 @@ from qcn_compile.targets.base import Target
 
 STEPS = ("weight", "concat", "reshape", "take_rows", "add_scalar", "mul_scalar", "neg", "exp", "cast", "transpose",
          "slice")
-
-
-class Sized(Protocol):
-    """A target that knows the sizes of packed weights without packing them."""
-
-    def packed_sizes(self, layout: str, encoding: Encoding, shape: tuple[int, ...]) -> dict[str, tuple[str, int]]: ...
 
 
 def deferred(names: dict[BlobKey, str], target: Target, mode: str) -> tuple[dict[str, Any], dict[BlobKey, str]]:
@@ -39,9 +33,9 @@ def deferred(names: dict[BlobKey, str], target: Target, mode: str) -> tuple[dict
 
 
 def sizes(key: BlobKey, target: Target) -> dict[str, tuple[str, int]]:
-    """Part -> (element type, bytes) of a blob."""
-    made: Sized = target  # type: ignore[assignment]
-    return made.packed_sizes(key.layout, key.encoding, tuple(int(d) for d in key.value.tensor.shape))  # type: ignore
+    """Part -> (element type, bytes in whole lines) of a blob."""
+    made = target.packed_sizes(key.layout, key.encoding, key.shape)
+    return {part: (kind, -(-size // ALIGNMENT) * ALIGNMENT) for part, (kind, size) in made.items()}
 
 
 def recipe(key: BlobKey, target: Target) -> dict[str, Any]:

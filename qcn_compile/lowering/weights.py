@@ -1,24 +1,24 @@
-"""Weights at build time: evaluate what depends on weights alone, pack it for its kernel, write it shard by shard."""
+"""Weights at build time: their names, the pieces they are packed in, and where each piece lies in its file."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from qcn_compile.artifact import ALIGNMENT
+from qcn_compile.errors import LoweringError
 from qcn_compile.ir.encoding import Encoding
 from qcn_compile.ir.graph import Op, Value
-from qcn_compile.ir.interpret import run_op
+from qcn_compile.ir.pieces import Piece, reshape
+from qcn_compile.lowering.rows import Rows, Source
 from qcn_compile.targets.base import Target
 
-SHARD_BYTES = 256 << 20
-Source = Callable[[str], Tensor]
+FILE_BYTES = 256 << 20  # a file holds that much, or one larger weight
+PIECE_ELEMENTS = 1 << 20  # of a matrix packed at a time: what a core's second cache holds
+Parts = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,10 @@ class BlobKey:
     value: Value
     layout: str
     encoding: Encoding
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(int(d) for d in self.value.tensor.shape)  # type: ignore[arg-type]
 
 
 def sources(value: Value) -> list[str]:
@@ -63,61 +67,86 @@ def name_blobs(keys: Iterable[BlobKey]) -> dict[BlobKey, str]:
     return table
 
 
-@torch.no_grad()
-def evaluate(value: Value, weights: Source) -> Tensor:
-    """The tensor of a static value. Nothing is kept: what two values share is computed twice, memory stays low."""
-    if value.op is None:
-        raise ValueError(f"%{value.name} is an input, not a static value")
-    results = run_op(value.op, [evaluate(v, weights) for v in value.op.inputs], weights)
-    tensor: Tensor = results[value.op.results.index(value)]
-    return tensor
+def cuts(key: BlobKey, target: Target) -> list[tuple[int, int]]:
+    """Rows start..stop of the pieces of a weight: one expert, or a block of rows, or all at once."""
+    count = key.shape[0]
+    block = target.row_block(key.layout, key.encoding)
+    if len(key.shape) == 3:
+        step = 1
+    elif len(key.shape) == 2 and block:
+        step = max(PIECE_ELEMENTS // key.shape[1] // block, 1) * block
+    else:
+        step = count
+    return [(at, min(at + step, count)) for at in range(0, count, step)]
 
 
-def packed(names: dict[BlobKey, str], weights: Source, target: Target,
-           progress: Callable[[int, int], None] | None = None) -> Iterator[tuple[str, np.ndarray]]:
-    """All blobs, one weight in memory at a time."""
-    for index, (key, name) in enumerate(names.items()):
-        array = evaluate(key.value, weights).float().contiguous().numpy()
-        for part, blob in target.pack(key.layout, key.encoding, array).items():
-            yield f"{name}.{part}", blob
-        if progress:
-            progress(index + 1, len(names))
+def part_bytes(key: BlobKey, rows: int, target: Target) -> dict[str, int]:
+    """Bytes of each part of the first `rows` rows of a weight."""
+    sizes = target.packed_sizes(key.layout, key.encoding, (rows, *key.shape[1:]))
+    return {part: size for part, (_, size) in sizes.items()}
 
 
-def write_shards(blobs: Iterable[tuple[str, np.ndarray]], folder: Path) -> list[str]:
-    """Write blobs into safetensors files of about 256 MB; returns their names."""
-    folder.mkdir(parents=True, exist_ok=True)
-    files: list[str] = []
-    pending: list[tuple[str, np.ndarray]] = []
-    size = 0
+def pack_piece(key: BlobKey, rows: Rows, cut: tuple[int, int], target: Target) -> Parts:
+    """Rows start..stop in the kernel's layout. Raises LoweringError when the target makes other sizes than it says."""
+    piece: Piece = rows.get(*cut)
+    if len(key.shape) == 3:
+        piece = reshape(piece, key.shape[1:])
+    parts = target.pack(key.layout, key.encoding, piece)
+    start, stop = (part_bytes(key, row, target) for row in cut)
+    want, made = {part: stop[part] - start[part] for part in stop}, {part: x.nbytes for part, x in parts.items()}
+    if want != made:
+        raise LoweringError(f"{key.value.name}: target {target.name} packs rows {cut} of {key.shape} as {key.layout} "
+                            f"{key.encoding.format} into {made} bytes, its packed_sizes says {want}; make them agree")
+    return parts
 
-    def flush() -> None:
-        if pending:
-            files.append(f"weights-{len(files) + 1:05d}.safetensors")
-            write_safetensors(folder / files[-1], pending)
-            pending.clear()
 
-    for name, blob in blobs:
-        if size + blob.nbytes > SHARD_BYTES and pending:
-            flush()
+def packed(names: Mapping[BlobKey, str], source: Source, target: Target) -> Iterator[tuple[str, np.ndarray]]:
+    """All blobs in memory, one after the other: u8, whole lines of 64 bytes."""
+    for key, name in names.items():
+        rows = Rows(key.value, source)
+        pieces = [pack_piece(key, rows, cut, target) for cut in cuts(key, target)]
+        for part in pieces[0]:
+            line = np.concatenate([piece[part].view(np.uint8) for piece in pieces])
+            yield f"{name}.{part}", np.pad(line, (0, -line.nbytes % ALIGNMENT))
+
+
+@dataclass(frozen=True)
+class WeightFile:
+    """A safetensors file to be written: which blobs, its header, and where the parts of each blob start."""
+
+    name: str
+    keys: tuple[BlobKey, ...]
+    header: bytes
+    offsets: Mapping[tuple[BlobKey, str], int]
+    nbytes: int
+
+
+def plan_files(names: Mapping[BlobKey, str], target: Target, stem: str = "weights") -> list[WeightFile]:
+    """Files of about 256 MB for blobs in order, laid out before a weight is read."""
+    groups: list[list[BlobKey]] = []
+    size = FILE_BYTES + 1
+    for key in names:
+        whole = sum(part_bytes(key, key.shape[0], target).values())
+        if size + whole > FILE_BYTES:
+            groups.append([])
             size = 0
-        pending.append((name, blob))
-        size += blob.nbytes
-    flush()
-    return files
+        groups[-1].append(key)
+        size += whole
+    return [_laid_out(f"{stem}-{number:05d}.safetensors", keys, names, target)
+            for number, keys in enumerate(groups, 1)]
 
 
-def write_safetensors(path: Path, blobs: list[tuple[str, np.ndarray]]) -> None:
-    """One safetensors file of byte blobs whose data starts at a multiple of 64 (the header is padded with spaces)."""
-    header, at = {}, 0
-    for name, blob in blobs:
-        if blob.nbytes % ALIGNMENT:
-            raise ValueError(f"blob {name} has {blob.nbytes} bytes, not a multiple of {ALIGNMENT}")
-        header[name] = {"dtype": "U8", "shape": [blob.nbytes], "data_offsets": [at, at + blob.nbytes]}
-        at += blob.nbytes
-    text = json.dumps(header, separators=(",", ":")).encode()
+def _laid_out(file: str, keys: list[BlobKey], names: Mapping[BlobKey, str], target: Target) -> WeightFile:
+    """Every part starts at a multiple of 64 bytes; the header is padded with spaces."""
+    rows, starts, at = {}, {}, 0
+    for key in keys:
+        for part, size in part_bytes(key, key.shape[0], target).items():
+            whole = -(-size // ALIGNMENT) * ALIGNMENT
+            rows[f"{names[key]}.{part}"] = {"dtype": "U8", "shape": [whole], "data_offsets": [at, at + whole]}
+            starts[key, part] = at
+            at += whole
+    text = json.dumps(rows, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % ALIGNMENT)
-    with path.open("wb") as handle:
-        handle.write(len(text).to_bytes(8, "little") + text)
-        for _, blob in blobs:
-            handle.write(np.ascontiguousarray(blob).data)
+    head = len(text).to_bytes(8, "little") + text
+    return WeightFile(file, tuple(keys), head, {k: len(head) + v for k, v in starts.items()}, len(head) + at)
+

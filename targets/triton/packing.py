@@ -8,48 +8,42 @@
 
 from __future__ import annotations
 
+from math import prod
+
 import numpy as np
 
 from qcn_compile.errors import LoweringError
-from qcn_compile.ir.encoding import Encoding, quantize, to_bf16
+from qcn_compile.ir.encoding import Encoding, Weight, quantize, to_bf16, wide
+from qcn_compile.ir.fp8 import BLOCK
 
-ALIGNMENT = 64
 LAYOUTS = ("matrix", "vector", "channels")
 
 
-def pack(layout: str, encoding: Encoding, weight: np.ndarray) -> dict[str, np.ndarray]:
-    """Part name -> flat array, padded with zeros to a multiple of 64 bytes."""
+def pack(layout: str, encoding: Encoding, weight: Weight) -> dict[str, np.ndarray]:
+    """Part name -> flat array."""
     if layout == "vector":
-        return {"w": flat(np.asarray(weight, np.float32))}
+        return {"w": wide(weight).numpy().reshape(-1)}
     if layout == "channels":
-        return {"w": flat(np.ascontiguousarray(np.asarray(weight, np.float32).T))}
+        return {"w": wide(weight).numpy().T.reshape(-1)}
     if layout != "matrix":
         raise LoweringError(f"no weight layout named {layout!r}; the GPU targets pack {', '.join(LAYOUTS)}")
     if encoding.format == "bf16":
-        return {"w": flat(to_bf16(weight))}
+        return {"w": to_bf16(weight).reshape(-1)}
     codes, scales = quantize(weight, encoding)
     assert scales is not None
-    return {"w": flat(codes), "s": flat(scales)}
+    return {"w": codes.reshape(-1), "s": scales.reshape(-1)}
+
+
+def row_block(layout: str) -> int:
+    """Rows of a matrix that `pack` can be given apart from the rest; 0: it wants the whole matrix."""
+    return BLOCK if layout == "matrix" else 0
 
 
 def sizes(layout: str, encoding: Encoding, shape: tuple[int, ...]) -> dict[str, tuple[str, int]]:
     """Part name -> (element type, bytes) of what `pack` makes of a weight of that shape."""
-    count = int(np.prod(shape))
     if layout in ("vector", "channels"):
-        return {"w": ("f32", whole(4 * count))}
+        return {"w": ("f32", 4 * prod(shape))}
     if encoding.format == "bf16":
-        return {"w": ("bf16", whole(2 * count))}
-    blocks = int(np.prod(shape[:-2], dtype=np.int64)) * -(-shape[-2] // 128) * -(-shape[-1] // 128)
-    return {"w": ("fp8", whole(count)), "s": ("scale", whole(4 * blocks))}
-
-
-def whole(nbytes: int) -> int:
-    """Rounded up to whole lines of 64 bytes."""
-    return -(-nbytes // ALIGNMENT) * ALIGNMENT
-
-
-def flat(data: np.ndarray) -> np.ndarray:
-    """1-D, a multiple of 64 bytes."""
-    line = np.ascontiguousarray(data).reshape(-1)
-    lack = -line.nbytes % ALIGNMENT // line.itemsize
-    return line if lack == 0 else np.concatenate([line, np.zeros(lack, line.dtype)])
+        return {"w": ("bf16", 2 * prod(shape))}
+    blocks = prod(shape[:-2]) * -(-shape[-2] // BLOCK) * -(-shape[-1] // BLOCK)
+    return {"w": ("fp8", prod(shape)), "s": ("scale", 4 * blocks)}

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from qcn_compile.errors import LoweringError
-from qcn_compile.ir.encoding import Encoding
+from qcn_compile.ir.encoding import Encoding, Weight
 from qcn_compile.ir.graph import Op, Value
 from qcn_compile.ir.types import DType, StateKind, StateType, TensorType
 from qcn_compile.targets.base import Bucket, Call, Kernel, Operand
@@ -49,12 +49,16 @@ class GpuTarget:
         """The kernel calls that compute `op`. Raises LoweringError naming the op, its location and the cure."""
         return lowering.lower(Site(op, operands, results, bucket, self.page_size, RING))
 
-    def pack(self, layout: str, encoding: Encoding, weight: np.ndarray) -> dict[str, np.ndarray]:
-        """A float32 weight in the kernel's layout: part name -> 1-D array, a multiple of 64 bytes each."""
+    def pack(self, layout: str, encoding: Encoding, weight: Weight) -> dict[str, np.ndarray]:
+        """A weight in the kernel's layout: part name -> 1-D array."""
         return packing.pack(layout, encoding, weight)
 
+    def row_block(self, layout: str, encoding: Encoding) -> int:
+        """How many rows of a matrix are packed at a time."""
+        return packing.row_block(layout)
+
     def packed_sizes(self, layout: str, encoding: Encoding, shape: tuple[int, ...]) -> dict[str, tuple[str, int]]:
-        """Part name -> (element type, bytes) of what `pack` would make: for weights that come later."""
+        """Part name -> (element type, bytes) of what `pack` makes of a weight of that shape."""
         return packing.sizes(layout, encoding, shape)
 
     def cache_unit(self, state: StateType, page_size: int) -> tuple[tuple[int, ...], int]:

@@ -1,4 +1,4 @@
-"""Weights in the order kernels read them: one sequential stream a tile of 16 output rows. NumPy only.
+"""Weights in the order kernels read them: one sequential stream a tile of 16 output rows.
 
     tiles    linear [N, K], experts [E, N, K]     gate_up  experts [E, 2I, H]: a tile is 8 gate rows and their 8 up rows
         f32, bf16        w [tile, K, 16]
@@ -14,64 +14,74 @@ N is padded with zero rows to a multiple of 16 (I to a multiple of 8), Kp is K p
 
 from __future__ import annotations
 
+from math import prod
+
 import numpy as np
+import torch
+from torch import Tensor
 
 from qcn_compile.errors import LoweringError
-from qcn_compile.ir.encoding import GROUP, Encoding, padded, quantize, quantized, to_bf16
+from qcn_compile.ir.encoding import GROUP, Coded, Encoding, Weight, padded, quantize, quantized, to_bf16, wide
 
 TILE = 16
 HALF = TILE // 2
-ALIGNMENT = 64
 LAYOUTS = ("tiles", "gate_up", "rows", "vector", "channels")
+BITS = {"f32": 32, "bf16": 16, "int8": 8, "int4": 4}
 
 
-def pack(layout: str, encoding: Encoding, weight: np.ndarray) -> dict[str, np.ndarray]:
-    """Part name -> flat array, padded with zeros to a multiple of 64 bytes. Stacked experts are packed one by one."""
+def pack(layout: str, encoding: Encoding, weight: Weight) -> dict[str, np.ndarray]:
+    """Part name -> flat array. Stacked experts are packed one by one."""
     if layout == "vector":
-        return {"w": flat(np.asarray(weight, np.float32))}
+        return {"w": wide(weight).numpy().reshape(-1)}
     if layout == "channels":
-        return {"w": flat(np.ascontiguousarray(np.asarray(weight, np.float32).T))}
+        return {"w": wide(weight).numpy().T.reshape(-1)}
     if layout == "rows":
-        return {"w": flat(to_bf16(weight) if encoding.format == "bf16" else np.asarray(weight, np.float32))}
+        return {"w": (to_bf16(weight) if encoding.format == "bf16" else wide(weight).numpy()).reshape(-1)}
     if layout not in LAYOUTS:
         raise LoweringError(f"no weight layout named {layout!r}; the CPU target packs {', '.join(LAYOUTS)}")
-    stack = weight if weight.ndim == 3 else weight[None]
-    parts: dict[str, np.ndarray] = {}
-    for index, matrix in enumerate(stack):
-        rows = interleave(matrix) if layout == "gate_up" else matrix
-        for part, tiles in pack_tiles(encoding, rows).items():
-            if index == 0:
-                parts[part] = np.zeros((len(stack), tiles.size), tiles.dtype)
-            parts[part][index] = tiles
-    return {part: flat(data) for part, data in parts.items()}
+    if not isinstance(weight, Coded) and weight.ndim == 3:
+        experts = [pack(layout, encoding, matrix) for matrix in weight]
+        return {part: np.concatenate([expert[part] for expert in experts]) for part in experts[0]}
+    return pack_tiles(encoding, interleave(weight) if layout == "gate_up" else weight)
 
 
-def flat(data: np.ndarray) -> np.ndarray:
-    """1-D, a multiple of 64 bytes."""
-    line = np.ascontiguousarray(data).reshape(-1)
-    lack = -line.nbytes % ALIGNMENT // line.itemsize
-    return line if lack == 0 else np.concatenate([line, np.zeros(lack, line.dtype)])
+def row_block(layout: str) -> int:
+    """Rows of a matrix that `pack` can be given apart from the rest; 0: it wants the whole matrix."""
+    return {"tiles": TILE, "rows": 1}.get(layout, 0)
 
 
-def interleave(gate_up: np.ndarray) -> np.ndarray:
-    """[2I, H], gate above up -> [2 ceil8(I), H], 8 gate rows and their 8 up rows in turn."""
-    width, depth = gate_up.shape[0] // 2, gate_up.shape[1]
-    pair = np.zeros((2, padded(width, HALF), depth), np.float32)
-    pair[:, :width] = np.asarray(gate_up, np.float32).reshape(2, width, depth)
-    return pair.reshape(2, -1, HALF, depth).swapaxes(0, 1).reshape(-1, depth)
+def sizes(layout: str, encoding: Encoding, shape: tuple[int, ...]) -> dict[str, tuple[str, int]]:
+    """Part name -> (element type, bytes) of what `pack` makes of a weight of that shape."""
+    if layout in ("vector", "channels"):
+        return {"w": ("f32", 4 * prod(shape))}
+    bits = BITS[encoding.format]
+    if layout == "rows":
+        return {"w": (encoding.format, prod(shape) * bits // 8)}
+    rows, depth = shape[-2:]
+    rows = 2 * padded(rows // 2, HALF) if layout == "gate_up" else padded(rows, TILE)
+    count = prod(shape[:-2]) * rows
+    if not quantized(encoding):
+        return {"w": (encoding.format, count * depth * bits // 8)}
+    return {"w": (encoding.format, count * padded(depth) * bits // 8), "s": ("f16", count * group_count(depth) * 2)}
 
 
-def pack_tiles(encoding: Encoding, matrix: np.ndarray) -> dict[str, np.ndarray]:
+def interleave(gate_up: Weight) -> Tensor:
+    """[2I, H], gate above up -> f32 [2 ceil8(I), H], 8 gate rows and their 8 up rows in turn."""
+    pair = wide(gate_up)
+    width, depth = pair.shape[0] // 2, pair.shape[1]
+    pair = torch.nn.functional.pad(pair.reshape(2, width, depth), (0, 0, 0, -width % HALF))
+    return pair.reshape(2, -1, HALF, depth).transpose(0, 1).reshape(-1, depth)
+
+
+def pack_tiles(encoding: Encoding, matrix: Weight) -> dict[str, np.ndarray]:
     """One [N, K] matrix as tiles, flat."""
     codes, scales = quantize(matrix, encoding)
     if scales is None or not quantized(encoding):
         return {"w": tiles_of(codes).reshape(-1)}
-    blocks = tiles_of(codes)  # [tile, Kp, 16]
+    words = nibbles(codes, encoding.activations) if encoding.format == "int4" else codes
     if encoding.activations == "int8":
-        blocks = blocks.reshape(len(blocks), -1, 4, TILE).swapaxes(2, 3)  # [tile, Kp/4, 16, 4]
-    if encoding.format == "int4":
-        blocks = nibbles(blocks)
-    return {"w": np.ascontiguousarray(blocks).reshape(-1), "s": tiles_of(scales.view(np.uint16)).reshape(-1)}
+        words = words.view(np.int32)  # four bytes of a row stay together
+    return {"w": tiles_of(words).reshape(-1), "s": tiles_of(scales.view(np.uint16)).reshape(-1)}
 
 
 def tiles_of(matrix: np.ndarray) -> np.ndarray:
@@ -82,10 +92,11 @@ def tiles_of(matrix: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(matrix.reshape(-1, TILE, depth).swapaxes(1, 2))
 
 
-def nibbles(blocks: np.ndarray) -> np.ndarray:
-    """Codes -8..7 in pairs along axis 1 as bytes: (first + 8) | (second + 8) << 4."""
-    biased = (blocks + 8).astype(np.uint8)
-    return biased[:, 0::2] | (biased[:, 1::2] << 4)
+def nibbles(codes: np.ndarray, activations: str) -> np.ndarray:
+    """Codes -8..7 [N, K] in pairs as bytes (first + 8) | (second + 8) << 4, [N, K/2]: neighbours with f32 activations;
+    with int8 ones the first four of eight values with the other four."""
+    biased = (codes + 8).view(np.uint32 if activations == "int8" else np.uint8)
+    return np.asarray(biased[:, 0::2] | np.left_shift(biased[:, 1::2], 4)).view(np.uint8)
 
 
 def tile_count(rows: int) -> int:

@@ -1,4 +1,4 @@
-"""Packed weight files are valid safetensors whose data is aligned; blobs get readable, unique names."""
+"""Blobs get readable, unique names; files are laid out before a weight is read, and are valid, aligned safetensors."""
 
 from __future__ import annotations
 
@@ -9,10 +9,17 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
+from qcn_compile.errors import LoweringError
 from qcn_compile.ir.encoding import Encoding
+from qcn_compile.ir.graph import Value
 from qcn_compile.ir.text import parse_graph
 from qcn_compile.lowering import weights as module
-from qcn_compile.lowering.weights import BlobKey, evaluate, name_blobs, write_safetensors, write_shards
+from qcn_compile.lowering.convert import convert
+from qcn_compile.lowering.rows import Rows, Tensors, evaluate
+from qcn_compile.lowering.weights import BlobKey, cuts, name_blobs, pack_piece, packed, plan_files
+from qcn_compile.targets.base import Target
+from qcn_compile.targets.cpu import CpuTarget
+from qcn_compile.targets.triton.target import GpuTarget
 
 GRAPH = """graph @g(%x: f32[T,4]) {
   %a : f32[2,4] = weight() {name="model.a", dtype=f32, shape=(2,4)}
@@ -25,31 +32,76 @@ GRAPH = """graph @g(%x: f32[T,4]) {
 """
 
 
-def blob(n: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 255, n * 64, dtype=np.uint8)
+def weight(name: str, *shape: int) -> Value:
+    shape_text = "(" + ",".join(map(str, shape)) + ("," if len(shape) == 1 else "") + ")"
+    text = f"""graph @w(%x: f32[T,4]) {{
+  %a : f32[{",".join(map(str, shape))}] = weight() {{name="{name}", dtype=f32, shape={shape_text}}}
+  return %x
+}}
+"""
+    return parse_graph(text).ops[0].result
 
 
-def test_file_is_safetensors_and_aligned(tmp_path: Path) -> None:
-    blobs = [("one", blob(3)), ("two: odd name", blob(1, 1)), ("three", blob(7, 2))]
-    write_safetensors(tmp_path / "w.safetensors", blobs)
-    loaded = load_file(tmp_path / "w.safetensors")
-    assert all(np.array_equal(loaded[name], data) for name, data in blobs)
-    head = int.from_bytes((tmp_path / "w.safetensors").read_bytes()[:8], "little")
-    assert (8 + head) % 64 == 0
+def model(target: Target) -> tuple[dict[BlobKey, str], Tensors]:
+    """Weights of every layout of a target, ragged sizes, in several formats."""
+    rng = np.random.default_rng(0)
+    shapes = {"m": (300, 200), "e": (3, 44, 130), "v": (70,), "c": (24, 4)}
+    table = {n: torch.from_numpy(rng.standard_normal(s).astype(np.float32)).bfloat16() for n, s in shapes.items()}
+    values = {n: weight(n, *s) for n, s in shapes.items()}
+    if target.kind == "gpu":
+        rows = [("m", "matrix", "bf16"), ("m", "matrix", "fp8"), ("e", "matrix", "bf16"), ("e", "matrix", "fp8")]
+    else:
+        rows = [(n, layout, f) for f in ("f32", "bf16", "int8", "int4")
+                for n, layout in (("m", "tiles"), ("e", "tiles"), ("e", "gate_up"))] + [("m", "rows", "bf16")]
+    rows += [("v", "vector", "f32"), ("c", "channels", "f32")]
+    keys = [BlobKey(values[n], layout, Encoding(f, 128 if f == "fp8" else 32)) for n, layout, f in rows]
+    return name_blobs(keys), Tensors(table)
 
 
-def test_sizes_that_break_alignment_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="blob one has 10 bytes"):
-        write_safetensors(tmp_path / "w.safetensors", [("one", np.zeros(10, np.uint8))])
+TARGETS = [CpuTarget("x86-64-v3"), GpuTarget("h100")]
 
 
-def test_shards_split_and_lose_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "SHARD_BYTES", 256)
-    blobs = [(f"w{i}", blob(i % 5 + 1, i)) for i in range(12)]
-    files = write_shards(iter(blobs), tmp_path)
-    assert len(files) > 3
-    loaded = {k: v for f in files for k, v in load_file(tmp_path / f).items()}
-    assert all(np.array_equal(loaded[name], data) for name, data in blobs)
+@pytest.mark.parametrize("target", TARGETS, ids=lambda t: t.kind)
+def test_pieces_one_after_the_other_are_the_whole(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "PIECE_ELEMENTS", 1 << 13)
+    names, source = model(target)
+    blobs = dict(packed(names, source, target))
+    for key, name in names.items():
+        whole = target.pack(key.layout, key.encoding, evaluate(key.value, source.get))
+        pieces = cuts(key, target)
+        assert len(pieces) > 1 or key.layout in ("vector", "channels")
+        for part, data in whole.items():
+            assert blobs[f"{name}.{part}"].tobytes()[:data.nbytes] == data.tobytes(), (name, part)
+            assert blobs[f"{name}.{part}"].nbytes % 64 == 0
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=lambda t: t.kind)
+def test_files_hold_every_blob_and_are_aligned(target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "FILE_BYTES", 100_000)
+    monkeypatch.setattr(module, "PIECE_ELEMENTS", 1 << 13)
+    names, source = model(target)
+    files = plan_files(names, target)
+    assert len(files) > 2
+    steps: list[tuple[int, int]] = []
+    written = convert(files, source, target, tmp_path, lambda done, total: steps.append((done, total)))
+    assert written.files == tuple(f.name for f in files)
+    loaded = {k: v for f in written.files for k, v in load_file(tmp_path / f).items()}
+    want = dict(packed(names, source, target))
+    assert set(loaded) == set(want)
+    assert all(loaded[name].tobytes() == want[name].tobytes() for name in want)
+    for file in files:
+        assert (tmp_path / file.name).stat().st_size == file.nbytes and len(file.header) % 64 == 0
+    assert steps[0][0] == 0 and [d for d, _ in steps] == sorted(d for d, _ in steps)
+
+
+def test_a_target_that_contradicts_itself_is_named() -> None:
+    class Odd(GpuTarget):
+        def packed_sizes(self, layout: str, encoding: Encoding, shape: tuple[int, ...]) -> dict[str, tuple[str, int]]:
+            return {"w": ("bf16", 7 * shape[0])}
+
+    key = BlobKey(weight("m", 300, 200), "matrix", Encoding("bf16"))
+    with pytest.raises(LoweringError, match=r"a: target h100 packs rows \(0, 128\) of \(300, 200\) as matrix"):
+        pack_piece(key, Rows(key.value, Tensors({"m": torch.zeros(300, 200)})), (0, 128), Odd("h100"))
 
 
 def test_static_values_are_evaluated() -> None:

@@ -224,10 +224,10 @@ class Trial:
         value = op.operands[ref.index]
         encoding = self.program.values[value][1]
         for part, blob in self.target.pack(ref.layout, encoding, self.plain[value]).items():
-            assert blob.ndim == 1 and blob.nbytes % 64 == 0, ref
+            assert blob.ndim == 1, ref
             raw = np.zeros(blob.nbytes + 4096, np.uint8)
-            view = raw[-raw.ctypes.data % 64:][:blob.nbytes]
-            view[...] = blob.view(np.uint8)
+            view = raw[-raw.ctypes.data % 64:][:-(-blob.nbytes // 64) * 64]
+            view[:blob.nbytes] = blob.view(np.uint8)
             self.buffers[id(op), "blob", ref.index, ref.name, ref.layout, part] = (raw, view, raw[:0])
 
     def _at(self, key: Any) -> int:

@@ -106,7 +106,7 @@ def test_null_target_plans_and_builds_nothing(tmp_path: Path) -> None:
     p.op("linear", [p.input("x", "f32[T,32]"), p.weight("w", (16, 32))])
     calls = [call for _, call in p.lower(target)]  # type: ignore[arg-type]
     assert calls and target.emit([c.kernel for c in calls], tmp_path) == [] and not list(tmp_path.iterdir())
-    assert target.pack("tiles", Encoding("int4"), None)["s"].nbytes == 64  # type: ignore[arg-type]
+    assert target.packed_sizes("tiles", Encoding("int4"), (16, 32))["s"] == ("f16", 32)
 
 
 def test_importing_and_lowering_needs_no_tvm() -> None:

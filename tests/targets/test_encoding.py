@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 from qcn_compile.errors import LoweringError, UsageError
 from qcn_compile.ir.encoding import (
+    Coded,
     Encoding,
     dequantize,
     encode,
@@ -16,7 +18,7 @@ from qcn_compile.ir.encoding import (
     quantize_activations,
     to_bf16,
 )
-from qcn_compile.targets.tvm.packing import interleave, pack
+from qcn_compile.targets.tvm.packing import interleave, pack, sizes
 
 RNG = np.random.default_rng(0)
 W = (RNG.standard_normal((19, 70)) * 0.05).astype(np.float32)
@@ -49,8 +51,6 @@ def test_zeros_and_infinitesimals() -> None:
 
 
 def test_bf16_rounds_to_even() -> None:
-    import torch
-
     special = np.float32([0, -0.0, np.inf, -np.inf, np.nan, 1e-40])
     x = np.concatenate([RNG.standard_normal(1000).astype(np.float32), special])
     want = torch.from_numpy(x).bfloat16().float().numpy()
@@ -76,13 +76,57 @@ def test_unknown_encodings(encoding: Encoding, message: str) -> None:
 
 
 @pytest.mark.parametrize("format_", ["f32", "bf16", "int8", "int4"])
-@pytest.mark.parametrize("layout", ["tiles", "gate_up"])
-def test_blobs_are_flat_and_whole_lines(format_: str, layout: str) -> None:
+@pytest.mark.parametrize("layout", ["tiles", "gate_up", "rows", "vector", "channels"])
+def test_sizes_are_known_without_packing(format_: str, layout: str) -> None:
     for activations in ("f32", "int8") if format_.startswith("int") else ("f32",):
-        weight = RNG.standard_normal((3, 20, 37)).astype(np.float32)
-        parts = pack(layout, Encoding(format_, 32, activations), weight)
-        assert set(parts) == ({"w", "s"} if format_.startswith("int") else {"w"})
-        assert all(p.ndim == 1 and p.nbytes % 64 == 0 for p in parts.values())
+        if layout in ("rows", "vector", "channels") and format_ != ("bf16" if layout == "rows" else "f32"):
+            continue
+        shape = (20, 37) if layout in ("rows", "channels") else (3, 20, 37)
+        encoding = Encoding(format_, 32, activations)
+        parts = pack(layout, encoding, RNG.standard_normal(shape).astype(np.float32))
+        assert all(p.ndim == 1 for p in parts.values())
+        assert {part: p.nbytes for part, p in parts.items()} == {p: n for p, (_, n) in
+                                                                 sizes(layout, encoding, shape).items()}
+
+
+@pytest.mark.parametrize("activations", ["f32", "int8"])
+@pytest.mark.parametrize("format_", ["f32", "bf16", "int8", "int4"])
+def test_tiles_by_their_definition(format_: str, activations: str) -> None:
+    """Every code where the table in packing.py says it is."""
+    if activations == "int8" and not format_.startswith("int"):
+        pytest.skip("float weights take float activations")
+    encoding = Encoding(format_, 32, activations)
+    codes, _ = quantize(W, encoding)
+    line = pack("tiles", encoding, W)["w"]
+    for row, k in ((0, 0), (0, 9), (7, 5), (15, 69), (16, 3), (18, 68), (18, 37)):
+        tile, lane, depth = row // 16, row % 16, codes.shape[1]
+        if format_ == "int4" and activations == "int8":
+            byte = line.view(np.uint8).reshape(-1, depth // 8, 16, 4)[tile, k // 8, lane, k % 4]
+            value = int(byte >> (4 * (k % 8 // 4)) & 15) - 8
+        elif format_ == "int4":
+            value = int(line.reshape(-1, depth // 2, 16)[tile, k // 2, lane] >> (4 * (k % 2)) & 15) - 8
+        elif activations == "int8":
+            value = line.view(np.int8).reshape(-1, depth // 4, 16, 4)[tile, k // 4, lane, k % 4]
+        else:
+            value = line.reshape(-1, depth, 16)[tile, k, lane]
+        assert value == codes[row, k], (row, k)
+
+
+def test_ties_go_to_the_positive_value() -> None:
+    w = np.zeros((1, 32), np.float32)
+    w[0, :2] = -1, 1
+    _, scales = quantize(w, Encoding("int4"))
+    assert scales is not None and scales[0, 0] == -0.125
+
+
+def test_what_is_coded_already_is_taken_as_it_is() -> None:
+    for format_ in ("int4", "int8"):
+        codes, scales = quantize(W, Encoding(format_))
+        coded = Coded(torch.from_numpy(codes), torch.from_numpy(scales), Encoding(format_), 70)
+        again, same = quantize(coded, Encoding(format_, 32, "int8"))
+        assert again is not None and np.array_equal(again, codes) and np.array_equal(same, scales)
+        assert np.array_equal(coded.wide().numpy(), dequantize(codes, scales, Encoding(format_), 70))
+        assert np.array_equal(encode(coded, Encoding("bf16")), encode(coded.wide(), Encoding("bf16")))
 
 
 def test_f32_tiles_by_hand() -> None:
