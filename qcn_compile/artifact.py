@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -179,8 +180,8 @@ def building(output: Path, force: bool) -> Iterator[Path]:
     if output.exists() and not force and not (output / "manifest.json").is_file() and any(output.iterdir()):
         raise UsageError(f"{output} exists and is no build of ours: name another folder or remove it")
     scratch = output.parent / f".{output.name}.partial-{os.getpid()}"
-    for left in output.parent.glob(f".{output.name}.partial-*"):
-        if not Path(f"/proc/{left.suffix.rpartition('-')[2]}").exists():  # of a build that was killed
+    for left in output.parent.glob(f".{glob.escape(output.name)}.partial-*"):
+        if not _alive(int(left.name.rpartition("-")[2])):
             shutil.rmtree(left, ignore_errors=True)
     try:
         scratch.mkdir(parents=True, exist_ok=True)
@@ -192,6 +193,16 @@ def building(output: Path, force: bool) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def _swap(scratch: Path, output: Path) -> None:

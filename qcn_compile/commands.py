@@ -23,7 +23,8 @@ def guarded(name: str, body: Callable[[], int]) -> int:
         print(f"{name}: {error.name} is not installed; {INSTALL}", file=sys.stderr)
         return UsageError.exit_code
     except KeyboardInterrupt:
-        print(f"{name}: interrupted; no build was written. The same command goes on from the weights that are done", file=sys.stderr)
+        print(f"{name}: interrupted; no build was written; the same command goes on after the weights that are done",
+              file=sys.stderr)
         return 130
 
 

@@ -169,3 +169,12 @@ def test_interrupt_leaves_nothing(tmp_path: Path) -> None:
     assert run.returncode == 130, error
     assert "interrupted" in error
     assert not list(tmp_path.iterdir())
+
+
+def test_what_a_killed_build_left_is_cleared_away(tmp_path: Path) -> None:
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    for process in (gone.pid, os.getppid()):
+        (tmp_path / f".build.partial-{process}").mkdir()
+    assert main(["--target", "null", "-o", str(tmp_path / "build"), "--json"]) == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f".build.partial-{os.getppid()}", "build"]
