@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from qcn_compile.ir.rewrite import Rewriter, Rule
     from qcn_compile.passes.base import Pass, PassContext, RulePass, register_pass
     from qcn_compile.pipeline import Pipeline
-    from qcn_compile.plugins import register_kernel
     from qcn_compile.runtime.loaded import load
+    from qcn_compile.targets.custom import register_kernel
 
 __version__ = "0.1.0"
 
@@ -30,7 +30,7 @@ _PLACES = {
     "Rule": "qcn_compile.ir.rewrite",
     "Rewriter": "qcn_compile.ir.rewrite",
     "RulePass": "qcn_compile.passes.base",
-    "register_kernel": "qcn_compile.plugins",
+    "register_kernel": "qcn_compile.targets.custom",
     "load": "qcn_compile.runtime.loaded",
     "Pipeline": "qcn_compile.pipeline",
     "Pass": "qcn_compile.passes.base",

@@ -1,6 +1,7 @@
-"""A pass that replaces SiLU by an op of your own, with a kernel of your own.
+"""A pass that replaces SiLU by an op of your own, with kernels of your own: one for CPUs (TVM), one for GPUs (Triton).
 
     qcn-compile --plugin docs/examples/hard_silu.py -o build
+    qcn-compile --plugin docs/examples/hard_silu.py --target h100 -o build-gpu
 
 SiLU is x * sigmoid(x). Its piecewise-linear relative x * clip(x / 6 + 1/2, 0, 1) needs no exponential. A model that was
 trained with SiLU gets worse by it: run this file to see by how much.
@@ -11,11 +12,14 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 from tvm.tirx.script.builder import ir as T
 
 import qcn_compile as qcn
 from qcn_compile.ir.optable import same
+from qcn_compile.targets.triton.kernels.common import begin, true_rows
 from qcn_compile.targets.tvm.kernels.core import Function, Machine, f32
 from qcn_compile.targets.tvm.kernels.loops import count, each, sweep
 
@@ -39,6 +43,22 @@ def hard_silu_mul_kernel(symbol: str, m: Machine, *, rows: str, times: int, widt
 
         sweep(width, m.lanes, body)
     return f
+
+
+@qcn.register_kernel("hard_silu_mul", target="gpu")
+@triton.jit
+def hard_silu_mul_gpu(gate, up, y, counts, ROWS: tl.constexpr, TIMES: tl.constexpr, WIDTH: tl.constexpr,
+                      BLOCK: tl.constexpr, STRIDE_0: tl.constexpr, STRIDE_1: tl.constexpr, PDL: tl.constexpr):
+    """One program a row, BLOCK elements at a time. `begin` comes before anything another kernel wrote is read."""
+    row = tl.program_id(0)
+    begin(PDL)
+    if row < true_rows(counts, ROWS, TIMES):
+        for at in tl.static_range(0, WIDTH, BLOCK):
+            i = at + tl.arange(0, BLOCK)
+            x = tl.load(gate + row * STRIDE_0 + i, mask=i < WIDTH, other=0.0).to(tl.float32)
+            slope = tl.minimum(tl.maximum(x / 6 + 0.5, 0.0), 1.0)
+            factor = tl.load(up + row * STRIDE_1 + i, mask=i < WIDTH, other=0.0).to(tl.float32)
+            tl.store(y + row * WIDTH + i, (x * slope * factor).to(y.dtype.element_ty), mask=i < WIDTH)
 
 
 @qcn.register_pass

@@ -12,6 +12,7 @@ import inspect
 import json
 import os
 import re
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -25,10 +26,9 @@ from qcn_compile.errors import LoweringError
 from qcn_compile.settings import build_jobs
 from qcn_compile.targets.base import Kernel
 from qcn_compile.targets.spec import Hardware
-from qcn_compile.targets.triton.families import FAMILIES, constants, options
+from qcn_compile.targets.triton.families import FAMILIES, PACKAGE, Family, constants, options
 
 INDEX = "kernels.json"
-PACKAGE = "qcn_compile.targets.triton.kernels"
 TYPES = {"bf16": "*bf16", "f32": "*fp32", "i32": "*i32", "fp8": "*fp8e4nv"}
 FIRST_PDL = 90  # programmatic dependent launch starts with this architecture, as do e4m3 registers
 _RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)")
@@ -50,11 +50,19 @@ def emit(kernels: Sequence[Kernel], folder: Path, card: Hardware, progress: Prog
         index[kernel.symbol] = {"file": name, **row, "config": dict(kernel.params)}
         if progress is not None:
             progress(done, len(ordered))
-    for module in sorted({FAMILIES[k.family].module for k in ordered} | {"common"}):
-        source = inspect.getsource(import_module(f"{PACKAGE}.{module}"))
-        (folder / "source" / f"{module}.py").write_text(source, encoding="utf-8")
+    _keep_sources({FAMILIES[k.family] for k in ordered}, folder / "source")
     (folder / INDEX).write_text(json.dumps(index, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     return [INDEX, *names]
+
+
+def _keep_sources(families: set[Family], folder: Path) -> None:
+    """The files the kernels are from."""
+    for module in sorted({family.module for family in families if not family.file} | {"common"}):
+        source = inspect.getsource(import_module(f"{PACKAGE}.{module}"))
+        (folder / f"{module}.py").write_text(source, encoding="utf-8")
+    for family in families:
+        if family.file:
+            shutil.copyfile(family.file, folder / f"{family.module}.py")
 
 
 def compiled(kernels: Sequence[Kernel], card: Hardware,
@@ -62,7 +70,7 @@ def compiled(kernels: Sequence[Kernel], card: Hardware,
     """(cubin, row of kernels.json) of each kernel, in order. A crash of the compiler ends a worker, not us."""
     count = min(workers or build_jobs(), max(len(kernels), 1))
     with ProcessPoolExecutor(count, mp_context=get_context("spawn"), initializer=_prepare) as pool:
-        jobs = [pool.submit(compile_one, kernel, card.arch) for kernel in kernels]
+        jobs = [pool.submit(compile_one, kernel, card.arch, FAMILIES[kernel.family]) for kernel in kernels]
         for kernel, job in zip(kernels, jobs, strict=True):
             try:
                 yield job.result()
@@ -71,7 +79,9 @@ def compiled(kernels: Sequence[Kernel], card: Hardware,
                                     "report it with this configuration") from None
             except Exception as error:
                 pool.shutdown(cancel_futures=True)
-                raise LoweringError(f"kernel {kernel.symbol}: Triton cannot compile it for sm_{card.arch}: "
+                file = FAMILIES[kernel.family].file
+                owner = f" of plugin {file}" if file else ""
+                raise LoweringError(f"kernel {kernel.symbol}{owner}: Triton cannot compile it for sm_{card.arch}: "
                                     f"{type(error).__name__}: {str(error)[-800:]}") from error
 
 
@@ -81,18 +91,18 @@ def _prepare() -> None:
     os.environ.pop("TRITON_INTERPRET", None)
 
 
-def compile_one(kernel: Kernel, arch: int) -> tuple[bytes, dict[str, Any]]:
-    """Compile one kernel in this process."""
+def compile_one(kernel: Kernel, arch: int, family: Family) -> tuple[bytes, dict[str, Any]]:
+    """Compile one kernel in this process. One without a parameter PDL is launched when the one before it is done."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    family = FAMILIES[kernel.family]
-    function = getattr(import_module(f"{PACKAGE}.{family.module}"), kernel.family)
+    FAMILIES.setdefault(kernel.family, family)  # a plugin's, which a worker has not loaded
+    function = family.load(kernel.family)
     present, absent = family.pointers(kernel)
-    pdl = arch >= FIRST_PDL
-    fixed = {**constants(kernel), **dict.fromkeys(absent), "PDL": pdl}
-    types = dict(TYPES) if pdl else {**TYPES, "fp8": "*u8"}
+    pdl = arch >= FIRST_PDL and "PDL" in function.arg_names
+    fixed = {**constants(kernel), **dict.fromkeys(absent), **({"PDL": pdl} if "PDL" in function.arg_names else {})}
+    types = dict(TYPES) if arch >= FIRST_PDL else {**TYPES, "fp8": "*u8"}
     pointers = {p.name: types[p.dtype] for p in present}
     signature = {name: pointers.get(name, "constexpr") for name in function.arg_names}
     order = {name: at for at, name in enumerate(function.arg_names)}

@@ -10,9 +10,13 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
 
 from qcn_compile.targets.base import Kernel, Param
+from qcn_compile.targets.files import import_file
 
+PACKAGE = "qcn_compile.targets.triton.kernels"
 OPTIONS = ("WARPS", "STAGES", "REGISTERS")
 ITEMSIZE = {"bf16": 2, "f32": 4, "i32": 4, "fp8": 1}
 _POINTER = re.compile(r"(\w+)(~?)(?:\?(\w+))?:(\{(\w+)\}|\w+)$")
@@ -31,10 +35,22 @@ class Pointer:
 
 @dataclass(frozen=True)
 class Family:
-    """A kernel function and its signature."""
+    """A kernel function and its signature.
+
+    module: of the package of kernels; or `file`: the Python file of a plugin that has the function. function: its name
+    when that is not the family's. typed: its parameters that only say what a pointer is, instead of HIDDEN.
+    """
 
     module: str
     signature: str
+    file: str = ""
+    function: str = ""
+    typed: tuple[str, ...] = ()
+
+    def load(self, name: str) -> Any:
+        """The Triton function; imports Triton. `name`: of the family."""
+        module = import_file(self.file) if self.file else import_module(f"{PACKAGE}.{self.module}")
+        return getattr(module, self.function or name)
 
     def pointers(self, kernel: Kernel) -> tuple[list[Pointer], list[str]]:
         """The pointers a kernel of this family takes, and the names of those it is given as None."""
@@ -97,4 +113,6 @@ def options(kernel: Kernel) -> dict[str, int]:
 
 def constants(kernel: Kernel) -> dict[str, Param]:
     """What is compiled in: every parameter of the function that is no pointer, PDL left out."""
-    return {name: value for name, value in kernel.params if name not in (*OPTIONS, *HIDDEN)}
+    family = FAMILIES[kernel.family]
+    hidden = (*OPTIONS, *(family.typed if family.file else HIDDEN))
+    return {name: value for name, value in kernel.params if name not in hidden}

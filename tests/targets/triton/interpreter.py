@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import traceback
 from collections.abc import Sequence
-from importlib import import_module
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from typing import Any
@@ -17,8 +16,7 @@ from typing import Any
 import numpy as np
 
 from qcn_compile.targets.base import Kernel
-from qcn_compile.targets.triton.emit import PACKAGE
-from qcn_compile.targets.triton.families import FAMILIES, constants
+from qcn_compile.targets.triton.families import FAMILIES, Family, constants
 
 Launch = tuple[Kernel, tuple[int, ...], list[str]]
 
@@ -40,7 +38,7 @@ class Interpreter:
 
     def run(self, launches: Sequence[Launch], buffers: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The buffers after all launches. Raises RuntimeError with the child's traceback."""
-        self._pipe.send((list(launches), buffers))
+        self._pipe.send(([(*launch, FAMILIES[launch[0].family]) for launch in launches], buffers))
         done = self._pipe.recv()
         if isinstance(done, str):
             raise RuntimeError(done)
@@ -60,18 +58,20 @@ def _serve(pipe: Connection) -> None:
             pipe.send(traceback.format_exc())
 
 
-def _run(launches: list[Launch], buffers: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _run(launches: list[tuple[Kernel, tuple[int, ...], list[str], Family]],
+         buffers: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     import torch
 
     dtypes = {"bf16": torch.bfloat16, "f32": torch.float32, "i32": torch.int32, "fp8": torch.float8_e4m3fn}
     bytes_ = {name: torch.from_numpy(data.copy()) for name, data in buffers.items()}
-    for kernel, grid, names in launches:
-        family = FAMILIES[kernel.family]
-        function = getattr(import_module(f"{PACKAGE}.{family.module}"), kernel.family)
+    for kernel, grid, names, family in launches:
+        FAMILIES.setdefault(kernel.family, family)
+        function = family.load(kernel.family)
         present, absent = family.pointers(kernel)
         assert len(present) == len(names), (kernel.symbol, names)
         pointers = {p.name: bytes_[n].view(dtypes[p.dtype]) for p, n in zip(present, names, strict=True)}
-        function[(*grid, 1, 1)[:3]](**pointers, **dict.fromkeys(absent), **constants(kernel), PDL=False)
+        more = {"PDL": False} if "PDL" in function.arg_names else {}
+        function[(*grid, 1, 1)[:3]](**pointers, **dict.fromkeys(absent), **constants(kernel), **more)
     return {name: data.numpy() for name, data in bytes_.items()}
 
 
