@@ -86,6 +86,8 @@ def parser() -> argparse.ArgumentParser:
                    help="answers of --batch (default: its name with .out.jsonl); those already there are kept")
     o.add_argument("--json", action="store_true", help="one JSON object a line: every piece, then usage and timing")
     o.add_argument("--profile", action="store_true", help="time of every kernel, on stderr")
+    o.add_argument("--chrome-trace", type=Path, metavar="FILE",
+                   help="time of every kernel of every step, for chrome://tracing or ui.perfetto.dev")
     o.add_argument("--expert-statistics", type=Path, metavar="FILE",
                    help="count which experts the tokens take; JSON, written at the end (CPU builds)")
     o.add_argument("--verify", action="store_true", help="hash every file of the build first")
@@ -122,14 +124,16 @@ def _run(arguments: argparse.Namespace, started: float) -> int:
         return run_batch(arguments, lambda: _load(arguments, checkpoint))
     from qcn_compile.runtime.profile import Profile
     from qcn_compile.runtime.terminal import chat, complete
+    from qcn_compile.runtime.trace import Trace
 
     with _load(arguments, checkpoint) as model:
         params = _sampling(model, arguments)
         model.load_seconds = time.perf_counter() - started
         if arguments.verbose:
             print(f"{arguments.build}: {model.describe()}", file=sys.stderr)
-        if arguments.profile:
-            model.executable.profile = Profile()
+        profile = Profile(Trace(str(arguments.build)) if arguments.chrome_trace else None)
+        if arguments.profile or arguments.chrome_trace:
+            model.executable.profile = profile
         if arguments.chat:
             chat(model, params, arguments.json)
         else:
@@ -139,8 +143,10 @@ def _run(arguments: argparse.Namespace, started: float) -> int:
             print(model.engine.prefixes, file=sys.stderr)
         if arguments.verbose and model.engine.speculation is not None:
             print(model.engine.speculation, file=sys.stderr)
-        if model.executable.profile:
-            print("\n".join(model.executable.profile.lines()), file=sys.stderr)
+        if profile.trace is not None:
+            profile.trace.write(arguments.chrome_trace)
+        if arguments.profile:
+            print("\n".join(profile.lines()), file=sys.stderr)
     return 0
 
 

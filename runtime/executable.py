@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -122,14 +123,14 @@ class Executable(Plans):
         plan = self.select(sum(len(s.tokens) for s in spans), len(spans), sum(s.wanted for s in spans))
         rows = self._inputs.fill(spans)
         table = self._bound(plan)
-        seconds = None if self.profile is None else np.zeros(len(table))
+        seconds, began = None if self.profile is None else np.zeros(len(table)), time.perf_counter()
         failed = self._device.run(table, seconds) if self.routing is None else self._watched(plan, table, seconds)
         if failed >= 0:
             launch = plan.launches[failed]
             raise DeviceError(f"kernel {launch.kernel} of op {launch.op} ({launch.location}) failed in plan {plan.name}"
                               f": {self._device.error()}; check the build with qcn-run --verify, or build it again")
         if self.profile is not None and seconds is not None:
-            self.profile.add(plan, seconds)
+            self.profile.add(plan, seconds, began)
         output = plan.outputs["logits"]
         start, width = output["offset"], output["width"]
         logits = self._workspace[start:start + 4 * rows * width].view(np.float32).reshape(rows, width)

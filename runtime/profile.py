@@ -9,6 +9,7 @@ from itertools import groupby
 import numpy as np
 
 from qcn_compile.artifact import Plan
+from qcn_compile.runtime.trace import Trace
 
 
 @dataclass
@@ -21,6 +22,7 @@ class Row:
     kernel_seconds: np.ndarray
     calls: int = 0
     bytes: int = 0
+    flops: int = 0
 
     @property
     def seconds(self) -> float:
@@ -34,12 +36,15 @@ class Row:
 class Profile:
     """Sums of the seconds the host library measured for each launch."""
 
-    def __init__(self) -> None:
+    def __init__(self, trace: Trace | None = None) -> None:
+        self.trace = trace
         self._rows: dict[tuple[str, str, tuple[str, ...]], Row] = {}
         self._steps: dict[str, int] = {}
 
-    def add(self, plan: Plan, seconds: np.ndarray) -> None:
-        """One step: seconds f64 [launches] of `plan`. The launches of one op share the bytes counted for it."""
+    def add(self, plan: Plan, seconds: np.ndarray, at: float = 0.0) -> None:
+        """One step that began at `at`: seconds f64 [launches] of `plan`. An op's launches share its bytes."""
+        if self.trace is not None:
+            self.trace.add(plan, seconds, at)
         self._steps[plan.name] = self._steps.get(plan.name, 0) + 1
         start = 0
         for op, group in groupby(plan.launches, key=lambda launch: launch.op):
@@ -50,7 +55,13 @@ class Profile:
             row.kernel_seconds += seconds[start:start + len(kernels)]
             row.calls += 1
             row.bytes += sum(launch.bytes for launch in launches)
+            row.flops += sum(launch.flops for launch in launches)
             start += len(kernels)
+
+    @property
+    def steps(self) -> dict[str, int]:
+        """Steps of each plan."""
+        return dict(self._steps)
 
     def rows(self, plan: str) -> list[Row]:
         """The ops of a plan, slowest first."""

@@ -1,8 +1,9 @@
-"""The documentation runs: python blocks and qcn-* commands; generated pages are current; links resolve."""
+"""The documentation runs: python blocks and qcn-* commands; generated pages are current; the site builds strictly."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import shlex
 import subprocess
@@ -10,6 +11,7 @@ import sys
 from functools import cache
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -17,15 +19,19 @@ import qcn_compile.compile  # noqa: F401
 from qcn_compile import cli, opt
 from qcn_compile.inspect import cli as inspect_cli
 from qcn_compile.runtime import cli as run_cli
+from qcn_compile.runtime.bench import cli as bench_cli
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
-BLOCK = re.compile(r"(?:<!-- (?P<key>skip|file): (?P<value>[^\n]*) -->\n)?```(?P<language>\w+)\n(?P<body>.*?)^```",
+ALL = [ROOT / "README.md", *PAGES]
+BLOCK = re.compile(r"(?:<!-- (?P<key>skip|file): (?P<value>[^\n]*) -->\n)?^```(?P<language>\w*)\n(?P<body>.*?)^```",
                    re.S | re.M)
-COMMANDS = {"qcn-compile": cli.main, "qcn-opt": opt.main, "qcn-inspect": inspect_cli.main, "qcn-run": run_cli.main}
-RUN = ["quick-start.md", "writing-a-pass.md", "writing-a-kernel.md", "adding-a-target.md", "troubleshooting.md",
-       "onnx.md"]
+COMMANDS: dict[str, Any] = {"qcn-compile": cli, "qcn-opt": opt, "qcn-inspect": inspect_cli, "qcn-run": run_cli,
+                            "qcn-bench": bench_cli}
+SHOWN = ("text", "json", "toml", "yaml")  # no code
+RUN = [page for page in ALL if any(b["language"] in ("python", "bash") and b["key"] != "skip"
+                                   for b in BLOCK.finditer(page.read_text(encoding="utf-8")))]
 
 
 @pytest.fixture(autouse=True)
@@ -40,31 +46,63 @@ traced = cache(sys.modules["qcn_compile.compile"].trace_model)
 
 def command(line: str) -> None:
     """One qcn-* command, in this process; `> FILE` takes its output."""
-    words = shlex.split(line)
+    words = shlex.split(line, comments=True)
     target = Path(words[words.index(">") + 1]) if ">" in words else Path("/dev/null")
     words = words[:words.index(">")] if ">" in words else words
     with target.open("w") as out, contextlib.redirect_stdout(out):
-        assert COMMANDS[words[0]](words[1:]) == 0, line
+        assert COMMANDS[words[0]].main(words[1:]) == 0, line
 
 
-@pytest.mark.parametrize("page", RUN)
-def test_blocks_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if page == "onnx.md":
+def lines(body: str) -> list[str]:
+    """The commands of a block, lines that go on joined."""
+    return [line for line in body.replace("\\\n", " ").splitlines() if line.strip()]
+
+
+@pytest.mark.parametrize("page", RUN, ids=lambda p: p.name)
+def test_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if page.name == "onnx.md":
         pytest.importorskip("onnxruntime")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "docs").symlink_to(DOCS)
-    module = ModuleType("page_" + page.removesuffix(".md").replace("-", "_"))  # dataclasses look it up
+    module = ModuleType("page_" + page.stem.replace("-", "_"))  # dataclasses look it up
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    for block in BLOCK.finditer((DOCS / page).read_text(encoding="utf-8")):
+    for block in BLOCK.finditer(page.read_text(encoding="utf-8")):
         if block["key"] == "skip":
             continue
         if block["key"] == "file":
             Path(block["value"]).write_text(block["body"], encoding="utf-8")
         elif block["language"] == "python":
-            exec(compile(block["body"], page, "exec", dont_inherit=True), module.__dict__)
+            exec(compile(block["body"], page.name, "exec", dont_inherit=True), module.__dict__)
         elif block["language"] == "bash":
-            for line in filter(None, block["body"].splitlines()):
+            for line in lines(block["body"]):
                 command(line)
+
+
+@pytest.mark.parametrize("page", ALL, ids=lambda p: p.name)
+def test_no_block_is_left_out_silently(page: Path) -> None:
+    """Code runs, or a reason stands above it and its commands have the flags they name."""
+    text = page.read_text(encoding="utf-8")
+    assert len(re.findall(r"^ *```", text, re.M)) == 2 * len(list(BLOCK.finditer(text))), "an indented or open block"
+    for block in BLOCK.finditer(text):
+        assert block["language"] in ("python", "bash", *SHOWN), f"{page.name}: language of {block['body'][:60]!r}"
+        if block["key"] == "skip":
+            assert len(block["value"].split()) >= 2, f"{page.name}: why is {block['body'][:60]!r} skipped?"
+            for line in lines(block["body"]) if block["language"] == "bash" else ():
+                words = shlex.split(line, comments=True)
+                if words and words[0] in COMMANDS:
+                    COMMANDS[words[0]].parser().parse_args(words[1:])
+
+
+def test_the_site_builds_strictly(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocs")
+    words = ["build", "--strict", "--quiet", "-f", str(ROOT / "mkdocs.yml"), "-d", str(tmp_path / "site")]
+    done = subprocess.run([sys.executable, "-m", "mkdocs", *words], capture_output=True, text=True, check=False,
+                          env={**os.environ, "NO_MKDOCS_2_WARNING": "1"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    pages = {page.parent.name for page in (tmp_path / "site").glob("*/index.html")}
+    assert pages >= {page.stem for page in PAGES if page.name != "README.md"}
+    text = (tmp_path / "site/index.html").read_text(encoding="utf-8")
+    assert not re.findall(r'<(?:script|link|img)[^>]+(?:src|href)="https?://', text)  # nothing is fetched to read it
 
 
 def test_quick_start_leads_to_a_report(tmp_path: Path) -> None:

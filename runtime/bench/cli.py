@@ -1,4 +1,4 @@
-"""`qcn-bench serve`: load on an OpenAI-compatible server, and what it took."""
+"""`qcn-bench`: load on a server (serve), or the speed of a build on this machine (kernels, prefill, decode, e2e)."""
 
 from __future__ import annotations
 
@@ -12,13 +12,16 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from qcn_compile.errors import DeviceError, QcnError, UsageError
+from qcn_compile.runtime.bench import local
 from qcn_compile.runtime.bench.client import HttpError, Server
+from qcn_compile.runtime.bench.local_table import table as local_table
 from qcn_compile.runtime.bench.report import report, table
 from qcn_compile.runtime.bench.runner import Options, Run, Runner
 from qcn_compile.runtime.bench.workload import Session, Texts, poisson, read_trace, sample_text, synthetic
 
 CONCURRENCY = 8
 TOKENS_PER_WORD = 1.3  # when the server has no /tokenize
+SERVE = "Load on an OpenAI-compatible server, and what it took."
 EXAMPLES = """examples:
   qcn-bench serve --url http://127.0.0.1:8000 --concurrency 16 --input-tokens 1024 --output-tokens 128
   qcn-bench serve --url http://127.0.0.1:8000 --rate 2 --limit 200
@@ -38,7 +41,8 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     top = _Parser("qcn-bench", description=__doc__, allow_abbrev=False)
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    p = commands.add_parser("serve", help="load on a server", description=__doc__, epilog=EXAMPLES, allow_abbrev=False,
+    local.add_parsers(commands)
+    p = commands.add_parser("serve", help="load on a server", description=SERVE, epilog=EXAMPLES, allow_abbrev=False,
                             formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--url", required=True, help="the server, with or without /v1")
     p.add_argument("--model", metavar="NAME", help="default: the first one that /v1/models names")
@@ -76,6 +80,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point. Returns 0, 1 when no request succeeded, or the error's own code."""
     try:
         arguments = parser().parse_args(argv)
+        if arguments.command in local.COMMANDS:
+            data = local.run(arguments)
+            print(json.dumps(data) if arguments.json else "\n".join(local_table(data)))
+            return 0
         check(arguments)
         result = asyncio.run(bench(arguments))
     except QcnError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -78,7 +79,8 @@ class CudaExecutable(Plans):
             if self.profile is None:
                 self.replay(plan)
             else:
-                self.profile.add(plan, self._timed(plan))
+                began = time.perf_counter()
+                self.profile.add(plan, self._timed(plan), began)
             return self._receive(plan, rows)
         except DeviceError as error:
             raise DeviceError(f"plan {plan.name}: {error}; check the build with qcn-run --verify") from None

@@ -27,7 +27,7 @@ from qcn_compile.runtime.server.service import Service
 _log = logging.getLogger("qcn.server")
 _LAST_WORDS = 5  # seconds that connections get to be told about a failed engine
 _DEFAULTS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")  # flags that requests may override
-_ELSEWHERE = ("max_tokens", "seed", "stop", "json", "profile")  # flags of --prompt and --chat
+_ELSEWHERE = ("max_tokens", "seed", "stop", "json", "profile", "chrome_trace")  # flags of --prompt and --chat
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
