@@ -23,7 +23,9 @@ MANIFEST = "manifest.json"
 INSTALL = "pip install 'qcn-compile[compile]'"
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _CPU_PACKAGES, _GPU_PACKAGES = ("torch", "transformers", "tvm"), ("torch", "transformers", "triton")
-_GPUS = (("H100", "h100"), ("H200", "h200"), ("B200", "b200"), ("A100", "a100"))
+_GPUS = (("H100", "h100"), ("H200", "h200"), ("B200", "b200"), ("B300", "b300"), ("A100-SXM4-40GB", "a100-40"),
+         ("A100", "a100"), ("L40S", "l40s"), ("RTX 4090", "rtx4090"), ("RTX 5090", "rtx5090"),
+         ("RTX PRO 6000", "rtx-pro-6000"), ("GB10", "gb10"))
 
 
 def add_checkpoint_flags(parser: argparse.ArgumentParser) -> None:

@@ -122,7 +122,8 @@ def hardware(name: str) -> Hardware:
     if name.endswith(".toml"):
         chips = read_chips(Path(name))
         if len(chips) != 1:
-            raise UsageError(f"{name} holds {', '.join(c.name for c in chips) or 'no chip'}: a --target file holds one; "
+            held = ", ".join(chip.name for chip in chips) or "no chip"
+            raise UsageError(f"{name} holds {held}: a --target file holds one; "
                              "put several into a folder and name it in QCN_TARGETS")
         return chips[0]
     table = catalogue()

@@ -53,7 +53,7 @@ def test_what_has_no_kernels_says_so() -> None:
     with pytest.raises(UsageError, match=r"no kernels are written for arm processors yet"):
         load_target("cpu", "graviton3")
     assert "h200" in buildable() and "mi300x" not in buildable()
-    with pytest.raises(UsageError, match=r"--target h300: unknown; choose cpu, null, a hardware file \(.toml\) or one of .*h200"):
+    with pytest.raises(UsageError, match=r"--target h300: unknown; choose .* hardware file \(.toml\) or one of .*h200"):
         load_target("h300")
 
 
