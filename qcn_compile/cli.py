@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from qcn_compile import __version__
 from qcn_compile.commands import guarded
 from qcn_compile.errors import UsageError
+from qcn_compile.planning import command
 
 if TYPE_CHECKING:
     from qcn_compile.compile import Built, Options
@@ -30,14 +31,16 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--mcpu", help="CPU level to build for, as LLVM names it (default: this host)")
     top.add_argument("-o", "--output", default="build", help="artifact directory (default: build)")
     top.add_argument("--dtype", choices=["fp32", "bf16"], help="dtype of other weights (default: the checkpoint's)")
-    top.add_argument("--quant", default="auto", choices=["auto", "none", "int8", "int4", "fp8"],
-                     help="format of the big weights (default: auto)")
+    top.add_argument("--quant", default="auto", choices=["auto", "none", "int8", "int4", "fp8", *command.PLANNED],
+                     help="format of the big weights (default: auto); the last three, experts in 4 bits and the rest "
+                     "in fp8, can be planned so far, not built")
     top.add_argument("--activations", choices=["fp32", "int8"], help="dtype quantised weights are multiplied with")
     top.add_argument("--context-length", type=int, help="longest sequence (default: the model's limit)")
     top.add_argument("--weights", choices=["copied", "late", "dummy"],
                      help="copied into the build (default), bound from the checkpoint by qcn-run --model (late), or "
                      "random, for measuring (dummy); late and dummy are for GPU targets")
-    top.add_argument("--tp", type=int, default=1, metavar="N", help="GPUs to split the model over (only 1 so far)")
+    top.add_argument("--tp", type=int, metavar="N", help="GPUs to split the model over (only 1 so far)")
+    top.add_argument("--ep", type=int, metavar="N", help="groups of them that hold whole experts")
     top.add_argument("--mtp", action="store_true", help="also build the MTP draft head")
     top.add_argument("--force", action="store_true", help="replace an output directory that is no build of ours")
     top.add_argument("--json", action="store_true", help="print the result as one JSON object")
@@ -46,6 +49,7 @@ def parser() -> argparse.ArgumentParser:
                      "unfused graph of one sequence, caches as inputs and outputs")
     top.add_argument("--plugin", action="append", default=[], type=Path, metavar="FILE",
                      help="Python file with passes, ops or kernels; may be repeated")
+    command.add_flags(top)
     debug = top.add_argument_group("looking inside")
     debug.add_argument("--verify", action="store_true", help="run the verifier after every pass")
     debug.add_argument("--print-ir-after", default="", metavar="PASS|all", help="print the graph after a pass")
@@ -59,7 +63,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     args = parser().parse_args(argv)
-    return guarded("qcn-compile", lambda: _run(args))
+    return guarded("qcn-compile", lambda: command.run(args) if args.plan_only else _run(args))
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -68,7 +72,7 @@ def _run(args: argparse.Namespace) -> int:
     from qcn_compile.pipeline import Tracing
     from qcn_compile.plugins import load_plugins
 
-    if args.tp != 1:
+    if args.tp not in (None, 1):
         raise UsageError(f"--tp {args.tp}: builds are for one GPU or CPU so far; leave --tp out")
     if args.emit == "onnx":
         return _emit_onnx(args)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from qcn_compile.errors import UsageError
 from qcn_compile.targets.base import Target
-from qcn_compile.targets.spec import Hardware, catalogue, hardware
+from qcn_compile.targets.spec import catalogue, chip_of
 
 GPUS = ("a100", "h100", "h200", "b200")
 
@@ -33,19 +33,6 @@ def load_target(name: str, mcpu: str | None = None) -> Target:
     from qcn_compile.targets.triton.target import GpuTarget
 
     return GpuTarget(name)
-
-
-def chip_of(name: str, mcpu: str | None = None) -> Hardware:
-    """The hardware behind a target's name. Raises UsageError listing the known ones."""
-    known = catalogue()
-    if name == "cpu":
-        return known.get(mcpu or "host") or known["host"]
-    if name == "null":
-        return known["host"]
-    if name not in known and not name.endswith(".toml"):
-        chips = ", ".join(dict.fromkeys(chip.name for chip in known.values()))
-        raise UsageError(f"--target {name}: unknown; choose cpu, null, a hardware file (.toml) or one of {chips}")
-    return hardware(name)
 
 
 def buildable() -> list[str]:

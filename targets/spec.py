@@ -130,3 +130,16 @@ def hardware(name: str) -> Hardware:
     if name not in table:
         raise UsageError(f"hardware {name!r} is unknown; known: {', '.join(sorted(table))}")
     return table[name]
+
+
+def chip_of(name: str, mcpu: str | None = None) -> Hardware:
+    """The hardware behind a target's name. Raises UsageError listing the known ones."""
+    known = catalogue()
+    if name == "cpu":
+        return known.get(mcpu or "host") or known["host"]
+    if name == "null":
+        return known["host"]
+    if name not in known and not name.endswith(".toml"):
+        chips = ", ".join(dict.fromkeys(chip.name for chip in known.values()))
+        raise UsageError(f"--target {name}: unknown; choose cpu, null, a hardware file (.toml) or one of {chips}")
+    return hardware(name)

@@ -11,8 +11,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LAYERS = [("errors", "settings", "artifact"), ("ir",), ("targets",), ("passes",),
-          ("frontend", "lowering", "pipeline", "compile", "commands", "cli", "opt", "plugins", "report", "inspect",
-           "onnx")]
+          ("frontend", "lowering", "planning", "pipeline", "compile", "commands", "cli", "opt", "plugins", "report",
+           "inspect", "onnx")]
 ORDER = {name: level for level, names in enumerate(LAYERS) for name in names}
 HEAVY = ("torch", "triton", "tvm", "tvm_ffi", "transformers", "onnx", "networkx")
 
@@ -47,7 +47,8 @@ def room(path: Path) -> str:
     return parts[1] if parts[0] == "qcn_compile" else parts[0]
 
 
-COMPILER = sources("qcn_compile/ir", "qcn_compile/frontend", "qcn_compile/lowering", "passes", "targets")
+COMPILER = sources("qcn_compile/ir", "qcn_compile/frontend", "qcn_compile/lowering", "qcn_compile/planning", "passes",
+                   "targets")
 
 
 @pytest.mark.parametrize("path", COMPILER + sorted((ROOT / "qcn_compile").glob("*.py")),

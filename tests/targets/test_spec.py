@@ -8,8 +8,8 @@ import pytest
 
 from qcn_compile.errors import UsageError
 from qcn_compile.inspect import show, views
-from qcn_compile.targets.registry import buildable, chip_of, load_target
-from qcn_compile.targets.spec import FIGURES, catalogue, hardware
+from qcn_compile.targets.registry import buildable, load_target
+from qcn_compile.targets.spec import FIGURES, catalogue, chip_of, hardware
 
 GPUS = ("a100-40", "a100-80", "l40s", "rtx4090", "rtx5090", "rtx-pro-6000", "h100-80", "h200", "b200", "b300", "gb10",
         "mi300x", "mi325x", "mi355x")
