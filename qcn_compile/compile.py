@@ -102,7 +102,7 @@ def compile(model: str | Path | None = None, target: str = "cpu", output: str | 
         schedules = [schedule(graph, bucket, chosen) for graph in graphs for bucket in buckets_for(chosen.kind)]
     with building(Path(output), options.force) as scratch:
         manifest, digests = _write(Path(output), scratch, traced, chosen, decision, schedules, mode, clock, tell)
-        write_report(scratch, graphs, context, decision, schedules, options.tracing)
+        write_report(scratch, graphs, context, decision, schedules, options.tracing, str(traced.audit or ""))
         used = {f"plugin {plugin.name}": plugin.sha256 for plugin in plugins}
         manifest = seal(scratch, replace(manifest, tools={**manifest.tools, **used}), digests)
     note = located.note + (f"; built without weights (--weights {mode})" if traced.weights is None else "")
@@ -153,6 +153,9 @@ def _weights_mode(options: Options, target: Target, traced: Traced, located: Loc
     if options.weights in ("late", "dummy") and target.kind != "gpu":
         raise UsageError(f"--weights {options.weights}: only GPU targets build without weights")
     if traced.weights is not None:
+        if options.weights == "late" and traced.weights.checkpoint.scheme.get("quant_method", "fp8") != "fp8":
+            raise UsageError("--weights late: qcn-run binds bf16 and block-fp8 checkpoints only; this one is stored as "
+                             f"{traced.weights.checkpoint.scheme['quant_method']}; leave --weights out to convert it")
         return options.weights or "copied"
     if target.kind != "gpu" or options.weights == "copied":
         raise ModelError(f"{located.name}: {located.note or 'no weights found'}; "

@@ -22,7 +22,7 @@ LARGE = 1 << 20  # longer texts are compressed
 
 
 def write_report(build: Path, graphs: Sequence[Graph], context: PassContext, decision: Decision,
-                 schedules: Sequence[Schedule], tracing: Tracing) -> None:
+                 schedules: Sequence[Schedule], tracing: Tracing, checkpoint: str = "") -> None:
     """No times are written, so that builds are reproducible."""
     write_stages(build / "ir", {**(tracing.stages or {}), **{graph.name: print_graph(graph) for graph in graphs}})
     memory = {}
@@ -31,7 +31,7 @@ def write_report(build: Path, graphs: Sequence[Graph], context: PassContext, dec
         memory[f"{plan.entry}-{plan.name}"] = _memory(plan, buffers)
     events = [{"pass": name, **asdict(event)} for name, event in context.log]
     write_json(build / "report.json", {"decision": decision.to_json(), "memory": memory, "events": events,
-                                       "ops": {g.name: count(g.ops) for g in graphs},
+                                       "ops": {g.name: count(g.ops) for g in graphs}, "checkpoint": checkpoint.splitlines(),
                                        "passes": [[n, a, b] for n, _, a, b in tracing.times]})
 
 

@@ -20,7 +20,7 @@ import numpy as np
 from qcn_compile.errors import ArtifactError, ModelError
 
 BLOCK = 128
-SCALES = "weight_scale_inv"
+SCALES = "_scale_inv"
 STORED = {"BF16": np.uint16, "F32": np.float32, "F16": np.float16, "F8_E4M3": np.uint8}
 ALIGNMENT = 64
 
@@ -79,7 +79,7 @@ class Checkpoint:
         first, last = row["data_offsets"]
         array = data[first:last].view(STORED[row["dtype"]]).reshape(row["shape"])
         if row["dtype"] == "F8_E4M3":
-            scales = self.read(name.removesuffix("weight") + SCALES)
+            scales = self.read(name + SCALES)
             return Tensor("fp8", array, scales.wide())
         return Tensor("bf16" if row["dtype"] == "BF16" else "f32", array)
 

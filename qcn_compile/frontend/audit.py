@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -20,14 +21,19 @@ Shapes = dict[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Audit:
-    """The verdict on a checkpoint that fits: how many tensors are used, and which are not, by reason."""
+    """The verdict on a checkpoint that fits: how many tensors are used, and which are not, by reason.
+
+    exceptions: where the tensors are not what the list of unquantised modules says; the tensors are believed.
+    """
 
     used: int
     ignored: dict[str, list[str]]
+    exceptions: dict[str, list[str]] = field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = [f"{self.used} tensors, each used once"]
         lines += [f"{len(keys)} ignored, {reason}:{listed(collapse(keys))}" for reason, keys in self.ignored.items()]
+        lines += [f"{len(keys)} {what}:{listed(collapse(keys))}" for what, keys in self.exceptions.items()]
         return "\n".join(lines)
 
 
@@ -55,7 +61,10 @@ def audit(source: WeightSource) -> Audit:
 
     Raises one ModelError that names all missing, extra, doubled and mis-shaped tensors.
     """
-    faults = _Faults(extra=list(source.extra))
+    grouped = source.checkpoint.grouped
+    faults = _Faults(list(grouped.missing), grouped.extra + source.tensors_of(source.extra))
+    for how, names in grouped.wrong.items():
+        faults.wrong[how] += names
     published = _published(source)
     for name in source.wanted():
         recipe = source.recipes.get(name)
@@ -67,8 +76,29 @@ def audit(source: WeightSource) -> Audit:
         kind = source.model.config.model_type
         raise ModelError(f"{source.checkpoint.path} does not fit its config.json ({kind}):\n{text}\n"
                          "  Check that config.json belongs to these files, or download them again")
-    ignored = sum(map(len, source.ignored.values()))
-    return Audit(len(source.checkpoint.tensors) - ignored, dict(source.ignored))
+    ignored = {reason: source.tensors_of(keys) for reason, keys in source.ignored.items()} | dict(grouped.ignored)
+    return Audit(len(source.checkpoint.stored) - sum(map(len, ignored.values())), ignored, _exceptions(source))
+
+
+def _exceptions(source: WeightSource) -> dict[str, list[str]]:
+    """Matrices that are stored otherwise than the config's list of unquantised modules says."""
+    scheme = source.checkpoint.scheme
+    listed_ = [str(n) for n in scheme.get("modules_to_not_convert") or scheme.get("ignore") or ()]
+    found: dict[str, list[str]] = defaultdict(list)
+    for name, weight in source.checkpoint.weights.items() if scheme else ():
+        named = any(_names(entry, name.removesuffix(".weight")) for entry in listed_)
+        if weight.plain and not named and name.removesuffix(".weight") in source.linears:
+            found["stored unquantised though the config does not exclude them"].append(name)
+        if not weight.plain and named:
+            found["stored quantised though the config excludes them"].append(name)
+    return dict(found)
+
+
+def _names(entry: str, module: str) -> bool:
+    """Whether an entry of such a list means a module: by name, as a part of its path, or as `re:` pattern."""
+    if entry.startswith("re:"):
+        return re.match(entry[3:], module) is not None
+    return module == entry or module.startswith(f"{entry}.") or f".{entry}." in f".{module}."
 
 
 def _check(source: WeightSource, recipe: Recipe, published: Shapes, faults: _Faults) -> None:
@@ -81,7 +111,7 @@ def _check(source: WeightSource, recipe: Recipe, published: Shapes, faults: _Fau
     faults.missing += [key for key in expected if key not in given]
     faults.doubled += [key for key in given if key not in expected]
     for key in given:
-        have = source.checkpoint.tensors[key].shape
+        have = source.checkpoint.weights[key].shape
         if key in expected and have != expected[key]:
             faults.wrong[f"is {list(have)}, the config wants {list(expected[key])}"].append(key)
 

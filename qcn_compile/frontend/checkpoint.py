@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 import json
-import struct
 from dataclasses import dataclass
-from io import FileIO
-from math import prod
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 
 import qcn_compile
 from qcn_compile import settings
 from qcn_compile.errors import ModelError
+from qcn_compile.frontend.formats import group
+from qcn_compile.frontend.tensor_files import Stored, read_header
 
 SUPPORTED = ("qwen3_next", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_5", "qwen3_5_text", "qwen3_moe", "qwen3")
 """The model types that the tests compare with transformers."""
 
-DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64,
-          "F8_E4M3": torch.float8_e4m3fn, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32,
-          "I64": torch.int64, "BOOL": torch.bool}
+METHODS = ("fp8", "compressed-tensors", "gptq", "awq")
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 _ASSETS = Path(qcn_compile.__file__).parent / "assets"
 _CODER_NEXT = "Qwen/Qwen3-Coder-Next"
@@ -130,16 +125,25 @@ def load_config(folder: Path) -> tuple[PreTrainedConfig, dict[str, Any]]:
     kind = raw.get("model_type")
     if kind not in SUPPORTED:
         raise ModelError(f"{path}: model_type {kind!r} is not supported; supported are {', '.join(SUPPORTED)}")
-    if "quantization_config" in raw:
-        method = raw["quantization_config"].get("quant_method", "unknown")
-        raise ModelError(f"{path}: the checkpoint is quantised ({method}), which is not supported; give the bf16 "
-                         "checkpoint and choose the format with --quant")
+    _check_scheme(path, raw.get("quantization_config") or {})
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config(decoder=True)
     except Exception as error:  # the config classes and their validators raise errors of many types
         raise ModelError(f"{path} is not a valid {kind} config: {' '.join(str(error).split())}") from error
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # how tensors are stored is the checkpoint's matter, not the model's
     parts = {key for key in raw if key.endswith("_config")}
     return config, {**{key: value for key, value in raw.items() if key not in parts}, **raw.get("text_config", {})}
+
+
+def _check_scheme(path: Path, scheme: dict[str, Any]) -> None:
+    """Raises ModelError for a quantised checkpoint that cannot be read."""
+    method = scheme.get("quant_method", "unknown")
+    bits = scheme.get("bits", scheme.get("w_bit", 4)) if method in ("gptq", "awq") else 4
+    if scheme and (method not in METHODS or bits != 4 or scheme.get("version") in ("gemv", "marlin")):
+        raise ModelError(f"{path}: the checkpoint is quantised ({method}, {bits} bits, "
+                         f"{scheme.get('version', scheme.get('format', 'no format'))}), which is not supported; known "
+                         f"are {', '.join(METHODS)} (gptq and awq with 4 bits). Give such a checkpoint or the bf16 one")
 
 
 def _json(path: Path, cure: str) -> dict[str, Any]:
@@ -154,56 +158,23 @@ def _json(path: Path, cure: str) -> dict[str, Any]:
     return value
 
 
-@dataclass(frozen=True)
-class Stored:
-    """A tensor on disk: its file, its dtype in safetensors' spelling, its shape, where its bytes start and end."""
-
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
-    span: tuple[int, int]
-
-
-def read_header(file: Path) -> dict[str, Stored]:
-    """The tensors of one safetensors file. Raises ModelError naming both sizes when it is truncated or damaged."""
-    again = "download it again"
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        head = stream.read(8)
-        length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
-        if len(head) < 8 or 8 + length > size:
-            raise ModelError(f"{file} is damaged: {size} bytes, but its header alone needs {8 + length}; {again}")
-        text = stream.read(length)
-    try:
-        entries = json.loads(text)
-        entries.pop("__metadata__", None)
-        end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
-        found = {name: _stored(file, 8 + length, name, entry) for name, entry in entries.items()}
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-        raise ModelError(f"{file} is damaged: its header cannot be read ({error}); {again}") from None
-    if size != 8 + length + end:
-        what = "truncated" if size < 8 + length + end else "damaged"
-        raise ModelError(f"{file} is {what}: {size} bytes, but its header describes {8 + length + end}; {again}")
-    return found
-
-
-def _stored(file: Path, base: int, name: str, entry: dict[str, Any]) -> Stored:
-    shape, (first, last) = tuple(entry["shape"]), entry["data_offsets"]
-    if entry["dtype"] not in DTYPES:
-        raise ModelError(f"{file}: {name} is stored in {entry['dtype']}; known are {', '.join(DTYPES)}")
-    if prod(shape) * DTYPES[entry["dtype"]].itemsize != last - first:
-        raise ValueError(f"{name} has shape {list(shape)} in {last - first} bytes")
-    return Stored(file, entry["dtype"], shape, (base + first, base + last))
-
-
 class Checkpoint:
-    """The tensors of a directory of safetensors files: headers are read at once, data when asked for."""
+    """The weights of a directory of safetensors files: headers are read at once, data when asked for.
+
+    stored: every tensor. grouped: the weights they make up, what is not needed, and what is wrong. scheme: the
+    quantization_config, or nothing.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.tensors: dict[str, Stored] = {}
+        self.scheme: dict[str, Any] = {}
+        if (path / "config.json").is_file():
+            self.scheme = _json(path / "config.json", "download it again").get("quantization_config") or {}
+        self.stored: dict[str, Stored] = {}
         for file in self._files():
-            self.tensors.update(read_header(file))
+            self.stored.update(read_header(file))
+        self.grouped = group(self.stored, self.scheme)
+        self.weights = self.grouped.weights
 
     def _files(self) -> list[Path]:
         if not (self.path / INDEX).exists():
@@ -222,31 +193,7 @@ class Checkpoint:
                              f"{', '.join(absent[:5])}{', ...' if len(absent) > 5 else ''}; {cure}")
         return files
 
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """A tensor as stored, or its rows start..stop, into memory of its own; any thread may call it."""
-        stored = self.tensors[name]
-        kind, shape = DTYPES[stored.dtype], stored.shape
-        if shape:
-            shape = ((shape[0] if stop is None else stop) - start, *shape[1:])
-        row = prod(shape[1:]) * kind.itemsize
-        data = bytearray(prod(shape) * kind.itemsize)
-        try:
-            with stored.file.open("rb", buffering=0) as handle:
-                handle.seek(stored.span[0] + start * row)
-                _fill(handle, memoryview(data))
-        except OSError as error:
-            raise ModelError(f"{stored.file}: {name} cannot be read ({error}); download the file again") from error
-        return torch.frombuffer(data, dtype=kind).reshape(shape) if data else torch.empty(shape, dtype=kind)
-
     def fingerprint(self) -> str:
         """Names, sizes and times of the files: whether this is still the same checkpoint."""
-        facts = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in {s.file for s in self.tensors.values()}]
+        facts = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in {s.file for s in self.stored.values()}]
         return json.dumps([str(self.path.resolve()), *sorted(facts)])
-
-
-def _fill(handle: FileIO, view: memoryview) -> None:
-    while view:
-        count = handle.readinto(view)
-        if not count:
-            raise OSError("the file ends early")
-        view = view[count:]

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from qcn_compile.frontend.audit import audit
+from qcn_compile.frontend.audit import Audit, audit
 from qcn_compile.frontend.checkpoint import Checkpoint, Located, load_config
 from qcn_compile.frontend.trace import build, build_mtp, trace_main, trace_mtp
 from qcn_compile.frontend.weights import WeightSource, mtp_layers
@@ -30,6 +30,7 @@ class Traced:
     weights: WeightSource | None
     name: str
     path: Path | None
+    audit: Audit | None = None
 
 
 def trace_model(source: Located | PreTrainedConfig, dtype: DType = DType.f32) -> Traced:
@@ -44,9 +45,9 @@ def trace_model(source: Located | PreTrainedConfig, dtype: DType = DType.f32) ->
     checkpoint = None if source.path is None else Checkpoint(source.path)
     model = build(config, dtype)
     mtp = build_mtp(model) if checkpoint is not None and mtp_layers(model, checkpoint) else None
-    weights = None
+    weights = verdict = None
     if checkpoint is not None:
         weights = WeightSource(checkpoint, model, mtp)
-        audit(weights)
+        verdict = audit(weights)
     draft = None if mtp is None else trace_mtp(model, mtp)
-    return Traced(trace_main(model), draft, plain, weights, source.name, source.path)
+    return Traced(trace_main(model), draft, plain, weights, source.name, source.path, verdict)

@@ -5,15 +5,19 @@ from __future__ import annotations
 import copy
 import re
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Linear
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
     WeightConverter,
     WeightRenaming,
     WeightTransform,
@@ -24,6 +28,8 @@ from transformers.modeling_layers import MtpModel
 
 from qcn_compile.errors import ModelError
 from qcn_compile.frontend.checkpoint import Checkpoint
+from qcn_compile.ir.encoding import Coded
+from qcn_compile.ir.pieces import Piece, length, narrow, unit
 
 MTP = "mtp."
 """Leads the names of the weights that only the draft head has, in a graph as in a checkpoint."""
@@ -64,6 +70,22 @@ class Mapping:
         whole: Tensor = merged[0] if isinstance(merged, list) else merged
         return whole
 
+    def merge_pieces(self, path: str, sources: dict[str, list[Piece]]) -> Piece:
+        """As `merge`; what is stored in codes stays so when no group of a scale is cut."""
+        coded = [piece for pieces in sources.values() for piece in pieces if isinstance(piece, Coded)]
+        if len(coded) == sum(map(len, sources.values())) and len({c.encoding for c in coded}) == 1 and all(
+                length(piece, 0) % unit(piece, 0) == 0 for piece in coded) and self._stacks(sources):
+            codes, scales = (self.merge(path, {pattern: [getattr(piece, part) for piece in pieces]
+                                               for pattern, pieces in sources.items()}) for part in ("codes", "scales"))
+            return Coded(codes, scales, coded[0].encoding, coded[0].size)
+        return self.merge(path, {pattern: [p if isinstance(p, Tensor) else p.wide() for p in pieces]
+                                 for pattern, pieces in sources.items()})
+
+    def _stacks(self, sources: Iterable[str]) -> bool:
+        """Whether a merge only puts matrices beside each other."""
+        converter = next(c for c in self.converters if set(sources) <= set(c.source_patterns))
+        return all(isinstance(step, MergeModulelist | Concatenate) for step in converter.operations)
+
 
 @dataclass
 class Recipe:
@@ -90,7 +112,7 @@ def _draft_pattern(model: PreTrainedModel) -> re.Pattern[str]:
 def mtp_layers(model: PreTrainedModel, checkpoint: Checkpoint) -> int:
     """How many draft layers a checkpoint holds."""
     pattern = _draft_pattern(model)
-    found = [_LAYER.search(f".{key}") for key in checkpoint.tensors if pattern.match(key)]
+    found = [_LAYER.search(f".{key}") for key in checkpoint.weights if pattern.match(key)]
     return max((int(number[1]) for number in found if number), default=-1) + 1
 
 
@@ -110,7 +132,7 @@ class WeightSource:
         self.recipes: dict[str, Recipe] = {}
         self.ignored: dict[str, list[str]] = defaultdict(list)
         self.extra: list[str] = []
-        for key in sorted(checkpoint.tensors, key=dot_natural_key):
+        for key in sorted(checkpoint.weights, key=dot_natural_key):
             if self.draft is not None and self._draft_keys.match(key):
                 self._place_draft(key, self.draft)
             else:
@@ -129,7 +151,7 @@ class WeightSource:
             unused.append(key)
             return
         name = self.names[path]
-        if path != name and name in self.checkpoint.tensors:
+        if path != name and name in self.checkpoint.weights:
             self.ignored[f"tied to {name}"].append(key)
         else:
             self.recipes.setdefault(name, Recipe(self.main, path)).keys[pattern].append(key)
@@ -156,19 +178,37 @@ class WeightSource:
     def get(self, name: str) -> Tensor:
         """The weight of a `weight` op, in the dtype the model was traced in. Raises ModelError for an unknown name."""
         recipe = self._recipe(name)
-        whole = self.checkpoint.read(recipe.keys[None][0]) if None in recipe.keys else self._merged(recipe, slice(None))
-        return whole.to(recipe.parameter.dtype)
+        if None in recipe.keys:
+            whole = self.checkpoint.weights[recipe.keys[None][0]].read()
+        else:
+            whole = self._merged(recipe, slice(None))
+        return (whole if isinstance(whole, Tensor) else whole.wide()).to(recipe.parameter.dtype)
 
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows start..stop of a weight (experts of a stack): bf16 as stored, anything else in the traced dtype."""
+    def rows(self, name: str, start: int, stop: int) -> Piece:
+        """Rows start..stop of a weight (experts of a stack): codes and bf16 as stored, others in the traced dtype."""
         recipe = self._recipe(name)
         if None in recipe.keys:
-            found = self.checkpoint.read(recipe.keys[None][0], start, stop)
+            found = self.checkpoint.weights[recipe.keys[None][0]].read(start, stop)
         elif all(len(keys) == recipe.parameter.shape[0] for keys in recipe.keys.values()):
             found = self._merged(recipe, slice(start, stop))
         else:
-            found = self._merged(recipe, slice(None))[start:stop]
-        return found if found.dtype is torch.bfloat16 else found.to(recipe.parameter.dtype)
+            found = narrow(self._merged(recipe, slice(None)), 0, start, stop)
+        if isinstance(found, Coded) or found.dtype is torch.bfloat16:
+            return found
+        return found.to(recipe.parameter.dtype)
+
+    def tensors_of(self, keys: Iterable[str]) -> list[str]:
+        """The tensors that weights are stored in."""
+        return [tensor for key in keys for tensor in self.checkpoint.weights[key].tensors]
+
+    @cached_property
+    def linears(self) -> set[str]:
+        """Checkpoint names of the modules whose weights a quantiser would convert: linear layers and experts."""
+        modules = dict(self.model.named_modules())
+        paths = {name for name, recipe in self.recipes.items() if recipe.parameter.ndim > 1 and (
+            ".experts." in name or name.startswith(MTP) or isinstance(modules.get(name.rpartition(".")[0]), Linear))}
+        keys = {key for name in paths for keys in self.recipes[name].keys.values() for key in keys}
+        return {key.removesuffix(".weight") for key in keys}
 
     def fingerprint(self) -> str:
         """Whether the checkpoint is still the same."""
@@ -180,7 +220,8 @@ class WeightSource:
             raise ModelError(f"{self.checkpoint.path} has no tensors for parameter {name}")
         return recipe
 
-    def _merged(self, recipe: Recipe, part: slice) -> Tensor:
+    def _merged(self, recipe: Recipe, part: slice) -> Piece:
         """Some of the experts of a stack that the checkpoint keeps apart."""
-        return recipe.mapping.merge(recipe.path, {str(pattern): [self.checkpoint.read(key) for key in keys[part]]
-                                                  for pattern, keys in recipe.keys.items()})
+        pieces = {str(pattern): [self.checkpoint.weights[key].read() for key in keys[part]]
+                  for pattern, keys in recipe.keys.items()}
+        return recipe.mapping.merge_pieces(recipe.path, pieces)

@@ -96,7 +96,8 @@ def quantize(w: Weight, encoding: Encoding) -> tuple[np.ndarray, np.ndarray | No
     """[..., K] -> (codes, scales): int8 [..., K padded to 32] and f16 [..., groups] for int8 and int4,
     uint16 [..., K] and None for bf16, f32 [..., K] and None for f32. Codes of the same encoding are taken as they are.
     """
-    if isinstance(w, Coded) and (w.encoding.format, w.encoding.group) == (encoding.format, encoding.group):
+    if isinstance(w, Coded) and w.encoding.format == encoding.format and (
+            encoding.format == "fp8" or w.encoding.group == encoding.group):
         return w.codes.numpy(), w.scales.numpy()
     if encoding.format == "fp8":
         return fp8.quantize(wide(w))

@@ -14,7 +14,7 @@ from qcn_compile.ir.fp8 import BLOCK
 Piece: TypeAlias = Tensor | Coded
 
 
-def _unit(x: Coded, axis: int) -> int:
+def unit(x: Coded, axis: int) -> int:
     """How many values along an axis share a scale."""
     from_end = x.codes.ndim - axis
     if x.encoding.format == "fp8":
@@ -22,7 +22,8 @@ def _unit(x: Coded, axis: int) -> int:
     return GROUP if from_end == 1 else 1
 
 
-def _length(x: Piece, axis: int) -> int:
+def length(x: Piece, axis: int) -> int:
+    """Values along an axis."""
     return x.size if isinstance(x, Coded) and axis == x.codes.ndim - 1 else len_of(x, axis)
 
 
@@ -35,12 +36,12 @@ def narrow(x: Piece, axis: int, start: int, stop: int) -> Piece:
     """x[start:stop] along an axis; in f32 when that cuts through a group of one scale."""
     if isinstance(x, Tensor):
         return x.narrow(axis, start, stop - start)
-    unit, whole = _unit(x, axis), stop == _length(x, axis)
-    if start % unit or (stop % unit and not whole):
+    step, whole = unit(x, axis), stop == length(x, axis)
+    if start % step or (stop % step and not whole):
         return x.wide().narrow(axis, start, stop - start)
     last = len_of(x, axis) if whole else stop
     codes = x.codes.narrow(axis, start, last - start)
-    scales = x.scales.narrow(axis, start // unit, -(-last // unit) - start // unit)
+    scales = x.scales.narrow(axis, start // step, -(-last // step) - start // step)
     return Coded(codes, scales, x.encoding, stop - start if axis == x.codes.ndim - 1 else x.size)
 
 
@@ -54,7 +55,7 @@ def cat(parts: Sequence[Piece], axis: int) -> Piece:
         return torch.cat([p for p in parts if isinstance(p, Tensor)], axis)
     last_axis = isinstance(first, Coded) and axis == first.codes.ndim - 1
     if len(coded) < len(parts) or len({p.encoding for p in coded}) > 1 or any(
-            _length(p, axis) % _unit(p, axis) for p in coded[:-1]):
+            length(p, axis) % unit(p, axis) for p in coded[:-1]):
         return torch.cat([wide(p) for p in parts], axis)
     return Coded(torch.cat([p.codes for p in coded], axis), torch.cat([p.scales for p in coded], axis),
                  coded[0].encoding, sum(p.size for p in coded) if last_axis else coded[0].size)

@@ -62,7 +62,7 @@ def test_bundled_model_traces_audits_and_equals_transformers():
 def test_published_names_of_every_family(case, family, tmp_path):
     reference = case(family).reference
     source = source_of(save(reference, tmp_path))
-    assert audit(source).used == len(source.checkpoint.tensors)
+    assert audit(source).used == len(source.checkpoint.stored)
     assert all(torch.equal(source.get(name), p) for name, p in reference.named_parameters())
 
 
@@ -159,7 +159,6 @@ def test_missing_shards_are_named(tmp_path):
     ("{", r"config\.json cannot be read as JSON"),
     ("[]", r"holds no JSON object"),
     ('{"model_type": "gpt2"}', r"model_type 'gpt2' is not supported; supported are qwen3_next, "),
-    ('{"model_type": "qwen3_next", "quantization_config": {"quant_method": "fp8"}}', r"quantised \(fp8\)"),
     ('{"model_type": "qwen3", "hidden_size": "many"}', r"is not a valid qwen3 config: .*'hidden_size'"),
     ('{"model_type": "qwen3", "hidden_size": -8}', r"transformers cannot build a qwen3 model from this config"),
 ])

@@ -86,7 +86,7 @@ def test_weights_resolve_to_the_checkpoint(heads, traced):
         owner = mtp.get_parameter(name.removeprefix("mtp.")) if name.startswith("mtp.") else main.get_parameter(name)
         assert torch.equal(traced.weights.get(name), owner)
     report = audit(traced.weights)
-    assert report.ignored == {} and report.used == len(traced.weights.checkpoint.tensors)
+    assert report.ignored == {} and report.used == len(traced.weights.checkpoint.stored)
 
 
 def test_main_graph_is_the_same_with_and_without_a_head(case, traced):
