@@ -55,6 +55,12 @@ INPUTS = {
     "slots": "i32[S]: state slot of each sequence (conv and delta caches)",
     "block_table": "i32[S, width]: KV pages of each sequence, row-major",
     "rows": "i32[R]: tokens whose logits are wanted",
+    "choice": "i32[R, 16]: how the device chooses each wanted row's token (GPU only, like what follows)",
+    "chosen": "i32[R]: the tokens it chose",
+    "last": "i32[slots]: the token last chosen for each slot; token -1 - s in `tokens` stands for it",
+    "history": "i32[slots, vocab]: how often a token is in the output, bit 30: it is in the prompt",
+    "bias": "f32[slots, vocab]: added to the logits",
+    "allowed": "i32[slots, ceil(vocab / 32)]: bits of the tokens that a grammar lets come next",
     "hidden": "f32[T, hidden]: hidden states handed to an entry other than main (the MTP head)",
 }
 

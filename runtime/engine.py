@@ -10,20 +10,22 @@ from typing import Protocol
 
 import numpy as np
 
-from qcn_compile.errors import CapacityError, UsageError
+from qcn_compile.errors import CapacityError, DeviceError, UsageError
 from qcn_compile.runtime.batch import Capacity, Span
+from qcn_compile.runtime.choice import PENDING, Chooser, Pick
 from qcn_compile.runtime.detokenize import Detokenizer
+from qcn_compile.runtime.flight import Flight, Ready
 from qcn_compile.runtime.kv_cache import PageAllocator
 from qcn_compile.runtime.prefix.cache import PrefixCache
 from qcn_compile.runtime.request import FinishReason, Request, SamplingParams
-from qcn_compile.runtime.sampler import Constraint, Sample, Sampler
+from qcn_compile.runtime.sampler import NO_NUMBERS, Constraint, Sample, Sampler
 from qcn_compile.runtime.scheduler import Chunk, Scheduler, SchedulerLimits
 from qcn_compile.runtime.speculation.speculation import Speculation
 from qcn_compile.runtime.state_slots import SlotAllocator
 
 
 class Runner(Protocol):
-    """What computes a step: the executable, or a stand-in in tests."""
+    """What computes a step: the executable, or a stand-in in tests. One that is `Choosing` chooses tokens itself."""
 
     @property
     def capacities(self) -> Sequence[Capacity]: ...
@@ -97,6 +99,7 @@ class _Live:
     request: Request
     sampler: Sampler
     detokenizer: Detokenizer
+    chooser: Chooser | None = None
     started: float = field(default_factory=time.perf_counter)
     first: float | None = None
     reported: bool = False
@@ -114,7 +117,12 @@ class _Live:
 
 
 class Engine:
-    """Continuous batching over one runner. Not thread-safe: one thread adds, steps and aborts."""
+    """Continuous batching over one runner. Not thread-safe: one thread adds, steps and aborts.
+
+    Where the device chooses tokens, a step is launched before the tokens of the one before are read: its requests go on
+    with a token that only the device knows, PENDING here. One that turns out to have ended was computed once too often,
+    which nothing sees. Grammars and logprobs need the host in between, and drafts too: then each step is read at once.
+    """
 
     def __init__(self, runner: Runner, token_bytes: Callable[[int], bytes], config: EngineConfig,
                  prefixes: Callable[[PageAllocator], PrefixCache] | None = None,
@@ -129,6 +137,7 @@ class Engine:
         self.speculation = speculation
         self._scheduler = Scheduler(limits, runner.capacities, self.pages, self.slots, self.prefixes, speculation)
         self._live: dict[str, _Live] = {}
+        self._flight: Flight | None = None
         self._arrivals = 0
 
     @property
@@ -156,8 +165,16 @@ class Engine:
         self._scheduler.add(request)
         self._arrivals += 1
         sampler = Sampler(params, prompt, self.config.vocab_size, constraint)
-        self._live[name] = _Live(request, sampler, Detokenizer(self._token_bytes, params.stop, params.include_stop))
+        chooser = Chooser(request, constraint) if self._on_device(params, constraint) else None
+        reader = Detokenizer(self._token_bytes, params.stop, params.include_stop)
+        self._live[name] = _Live(request, sampler, reader, chooser)
         return name
+
+    def _on_device(self, params: SamplingParams, constraint: Constraint | None) -> bool:
+        """Whether the device chooses a request's tokens: not when log probabilities are asked for, nor when drafts
+        would change what the tokens after them depend on."""
+        changing = self.speculation is not None and (params.penalised or constraint is not None)
+        return hasattr(self._runner, "launch") and params.logprobs is None and not changing
 
     def abort(self, request_id: str) -> Output | None:
         """End a request now; its last output, or None when it is not there (any more)."""
@@ -174,27 +191,54 @@ class Engine:
         return request_id in self._live
 
     def step(self) -> list[Output]:
-        """Run one step and return what it added. Raises CapacityError when requests wait and none can ever run."""
-        started = time.perf_counter()
+        """Run or launch a step and return what is new. Raises CapacityError when requests wait and none can run."""
         chunks = self._scheduler.schedule()
-        if not chunks:
-            if self.unfinished:
-                raise CapacityError("no request can run: its KV pages or state slots are held by sequences of step(); "
-                                    "release those first")
-            return []
+        before, self._flight = self._flight, self._launch(chunks) if chunks else None
+        outputs = [] if before is None else self._land(before)
+        if self._flight is not None and not self._flight.ahead:
+            flight, self._flight = self._flight, None
+            outputs += self._land(flight)
+        if not chunks and before is None and self.unfinished:
+            raise CapacityError("no request can run: its KV pages or state slots are held by sequences of step(); "
+                                "release those first")
+        return outputs
+
+    def _launch(self, chunks: list[Chunk]) -> Flight:
+        started = time.perf_counter()
         decoding = all(chunk.request.decoding for chunk in chunks)
         drafted = any(chunk.drafts or chunk.request.lag for chunk in chunks)
-        logits = self._runner.run([self._span(chunk) for chunk in chunks])
-        outputs = []
-        row = 0
+        spans = [self._span(chunk) for chunk in chunks]
+        picks = [pick for chunk in chunks if chunk.samples for pick in self._picks(chunk)]
+        launch = getattr(self._runner, "launch", None)
+        launched = Ready(self._runner.run(spans)) if launch is None else launch(spans, picks)
+        ahead = launch is not None and self.speculation is None and all(p and p.constraint is None for p in picks)
+        flight = Flight(chunks, launched, picks, started, decoding, drafted, ahead)
         for chunk in chunks:
+            if ahead or not chunk.samples:
+                self._scheduler.advance(chunk, int(chunk.samples))
+            if ahead and chunk.samples:
+                flight.places[chunk.request.id] = len(chunk.request.tokens)
+                chunk.request.tokens.append(PENDING)
+        return flight
+
+    def _picks(self, chunk: Chunk) -> list[Pick | None]:
+        """One pick for each wanted row of a chunk; None where the host chooses."""
+        chooser = self._live[chunk.request.id].chooser
+        return [None] * chunk.rows if chooser is None else [*chooser.picks(chunk.rows)]
+
+    def _land(self, flight: Flight) -> list[Output]:
+        """Read a step's results."""
+        tokens = flight.launched.tokens()
+        logits = flight.launched.logits() if None in flight.picks else None
+        outputs, row = [], 0
+        for chunk in flight.chunks:
             if chunk.samples:
-                outputs.append(self._append(chunk, logits[row:row + chunk.rows], len(chunks)))
+                rows = range(row, row + chunk.rows)
                 row += chunk.rows
-            else:
-                self._scheduler.advance(chunk)
-        if self.speculation is not None and decoding:
-            self.speculation.times.add(len(chunks), drafted, time.perf_counter() - started)
+                if not chunk.request.finished:
+                    outputs.append(self._append(flight, chunk, rows, tokens, logits))
+        if self.speculation is not None and flight.decoding:
+            self.speculation.times.add(len(flight.chunks), flight.drafted, time.perf_counter() - flight.started)
         return outputs
 
     def check_integrity(self, others: Sequence[tuple[int, Sequence[int]]] = ()) -> None:
@@ -207,10 +251,13 @@ class Engine:
         request = chunk.request
         assert request.table is not None and request.slot is not None
         tokens = [*request.tokens[request.computed:request.computed + chunk.count], *chunk.drafts]
+        if tokens[-1] == PENDING:
+            tokens[-1] = -1 - request.slot
         return Span(tokens, request.computed, request.slot, request.table.pages, chunk.rows)
 
-    def _append(self, chunk: Chunk, logits: np.ndarray, sequences: int) -> Output:
-        """Choose a request's next tokens, one after each row while they are those drafted; see whether it ends.
+    def _append(self, flight: Flight, chunk: Chunk, rows: range, tokens: np.ndarray,
+                logits: np.ndarray | None) -> Output:
+        """A request's next tokens, one after each row while they are those drafted; see whether it ends.
 
         That is rejection sampling for drafts without a distribution of their own: a draft is taken with the
         probability that it has, another token with its own.
@@ -218,24 +265,30 @@ class Engine:
         request = chunk.request
         live = self._live[request.id]
         replayed, samples, text, reason = request.lag, [], "", None
-        for row, draft in zip(logits, (*chunk.drafts, None), strict=True):
-            sample = live.sampler.sample(row)
+        for row, draft in zip(rows, (*chunk.drafts, None), strict=True):
+            sample = _sample(live, flight.picks[row], int(tokens[row]), logits, row)
             if live.first is None:
                 live.first = time.perf_counter()
             samples.append(sample)
-            request.tokens.append(sample.token)
-            piece, reason = self._read(live, sample.token)
+            if flight.ahead:
+                request.tokens[flight.places[request.id]] = sample.token
+                generated = flight.places[request.id] + 1 - len(request.prompt)
+            else:
+                request.tokens.append(sample.token)
+                generated = request.generated
+            piece, reason = self._read(live, sample.token, generated)
             text += piece
             if reason is not None or sample.token != draft:
                 break
-        self._scheduler.advance(chunk, len(samples))
+        if not flight.ahead:
+            self._scheduler.advance(chunk, len(samples))
         if self.speculation is not None:
-            self.speculation.verified(request, len(chunk.drafts), len(samples), replayed, sequences)
+            self.speculation.verified(request, len(chunk.drafts), len(samples), replayed, len(flight.chunks))
         if reason is not None:
             return self._finish(live, reason, text, tuple(samples))
         return Output(request.id, text, tuple(s.token for s in samples), None, tuple(samples), cached=live.cached())
 
-    def _read(self, live: _Live, token: int) -> tuple[str, FinishReason | None]:
+    def _read(self, live: _Live, token: int, generated: int) -> tuple[str, FinishReason | None]:
         """The text that a new token adds, and why the request ends with it, if it does."""
         request, params = live.request, live.request.params
         ends = params.stop_token_ids if params.ignore_eos else {*params.stop_token_ids, *self.config.eos_token_ids}
@@ -244,12 +297,14 @@ class Engine:
         text = live.detokenizer.push((token,))
         if live.detokenizer.stopped:
             return text, FinishReason.stop
-        return text, FinishReason.length if request.generated >= request.max_tokens else None
+        return text, FinishReason.length if generated >= request.max_tokens else None
 
     def _finish(self, live: _Live, reason: FinishReason, text: str, samples: tuple[Sample, ...]) -> Output:
         text += live.detokenizer.finish()
         if live.detokenizer.stopped:
             reason = FinishReason.stop
+        if live.request.tokens[-1] == PENDING:  # of a step that is still on its way
+            live.request.tokens.pop()
         self._scheduler.finish(live.request, reason)
         del self._live[live.request.id]
         return Output(live.request.id, text, tuple(s.token for s in samples), reason, samples, live.timing(),
@@ -268,3 +323,15 @@ def check_tokens(tokens: Sequence[int], vocab_size: int) -> list[int]:
         if not 0 <= token < vocab_size:
             raise UsageError(f"token {token} at position {place} is outside the vocabulary of {vocab_size}")
     return ids
+
+
+def _sample(live: _Live, pick: Pick | None, token: int, logits: np.ndarray | None, row: int) -> Sample:
+    """The token of one row, from the device or chosen here."""
+    if pick is None:
+        assert logits is not None
+        return live.sampler.sample(logits[row])
+    if token < 0:
+        raise DeviceError(NO_NUMBERS)
+    if pick.constraint is not None:
+        pick.constraint.accept(token)
+    return Sample(token)

@@ -49,6 +49,7 @@ class Plans:
         self.workspace_bytes = max(plan.workspace_bytes for plan in plans)
         self.profile: Profile | None = None
         self.routing: Routing | None = None
+        self.least_token = 0  # a device that chooses tokens has names below for those it has not told yet
 
     @property
     def capacities(self) -> tuple[Capacity, ...]:
@@ -80,9 +81,9 @@ class Plans:
         limits = {"tokens": (tokens, self._vocab), "slots": (sequences, self._memory.slots), "rows": (rows, tokens),
                   "block_table": (sequences * width, self._memory.pages)}
         for name, (count, limit) in limits.items():
-            used = arrays[name][:count]
-            if count and (used.min() < 0 or used.max() >= limit):
-                raise AssertionError(f"input {name} names {used.min()}..{used.max()}, outside 0..{limit - 1}")
+            used, least = arrays[name][:count], self.least_token if name == "tokens" else 0
+            if count and (used.min() < least or used.max() >= limit):
+                raise AssertionError(f"input {name} names {used.min()}..{used.max()}, outside {least}..{limit - 1}")
 
     def _pointer(self, arg: Arg, plan: Plan) -> int:
         if arg.kind in ("workspace", "output"):

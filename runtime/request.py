@@ -139,5 +139,10 @@ class Request:
         return len(self.tokens) - len(self.prompt)
 
     @property
+    def ending(self) -> bool:
+        """Its last token is chosen, though perhaps not read."""
+        return self.generated >= self.max_tokens
+
+    @property
     def finished(self) -> bool:
         return self.finish_reason is not None

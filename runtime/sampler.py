@@ -12,6 +12,8 @@ import numpy as np
 from qcn_compile.errors import DeviceError
 from qcn_compile.runtime.request import SamplingParams
 
+NO_NUMBERS = ("the model's logits are not finite numbers: a kernel or the weights are damaged; "
+              "check the build with qcn-run --verify")
 _SHORTLIST = 2048  # tokens sorted first for top-p; the whole vocabulary only when these do not hold enough mass
 
 
@@ -59,8 +61,7 @@ class Sampler:
         """Choose from f32 [vocab], which is left as it is. Raises DeviceError for logits that are not numbers."""
         row = self._adjusted(logits)
         if not np.isfinite(row[best := int(row.argmax())]):
-            raise DeviceError("the model's logits are not finite numbers: a kernel or the weights are damaged; "
-                              "check the build with qcn-run --verify")
+            raise DeviceError(NO_NUMBERS)
         token = best if self.params.greedy else self._draw(row)
         if self._constraint is not None:
             self._constraint.accept(token)

@@ -160,7 +160,7 @@ class Scheduler:
     def _decodes(self, width: int) -> list[Chunk]:
         chosen: list[Request] = []
         for request in sorted(self.running, key=lambda r: (r.last_served, r.arrival)):
-            if request.decoding and request.slot is not None and len(chosen) < width:
+            if request.decoding and not request.ending and request.slot is not None and len(chosen) < width:
                 used = sum(r.remaining for r in chosen)
                 if used + request.remaining > self.room(len(chosen) + 1):
                     continue

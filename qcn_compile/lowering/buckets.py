@@ -7,7 +7,8 @@ from qcn_compile.targets.base import Bucket
 
 DECODE = (1, 8)
 PREFILL = (64, 512)
-GPU_PREFILL = (64, 512, 2048)  # a long chunk reads the experts once for more tokens
+GPU_DECODE = (1, 2, 4, 8, 16, 32, 64, 128)  # one graph each, so that a step costs what its sequences need
+GPU_PREFILL = (512, 2048)  # a long chunk reads the experts once for more tokens
 MAX_SEQUENCES = 256
 MAX_ROWS = 512  # of logits in one step
 
@@ -23,4 +24,4 @@ def default_buckets(decode: tuple[int, ...] = DECODE, prefill: tuple[int, ...] =
 
 def buckets_for(kind: str) -> list[Bucket]:
     """The buckets of a kind of target."""
-    return default_buckets(prefill=GPU_PREFILL) if kind == "gpu" else default_buckets()
+    return default_buckets(GPU_DECODE, GPU_PREFILL) if kind == "gpu" else default_buckets()

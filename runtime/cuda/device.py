@@ -20,6 +20,7 @@ DEFAULT_SHARED = 48 << 10
 ALIGNMENT = 16  # kernels were promised pointers at multiples of this
 THREAD_LOCAL = 1  # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
 NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING
+NO_TIMING = 2  # CU_EVENT_DISABLE_TIMING
 REBUILD = "build again with qcn-compile"
 
 
@@ -183,13 +184,17 @@ class CudaDevice:
         """Put a graph into the stream."""
         self.driver("cuGraphLaunch", graph, self.stream)
 
-    def event(self) -> Any:
-        """A new event that can be timed."""
-        return self.driver("cuEventCreate", 0)
+    def event(self, timed: bool = True) -> Any:
+        """A new event, one that can be timed or a cheaper one."""
+        return self.driver("cuEventCreate", 0 if timed else NO_TIMING)
 
     def record(self, event: Any) -> None:
         """Mark the present end of the stream."""
         self.driver("cuEventRecord", event, self.stream)
+
+    def wait(self, event: Any) -> None:
+        """Until what was in the stream when the event was recorded has ended."""
+        self.driver("cuEventSynchronize", event)
 
     def seconds(self, first: Any, last: Any) -> float:
         """Time between two events that have passed."""

@@ -10,10 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from qcn_compile.artifact import Manifest, Plan, read_plan
+from qcn_compile.artifact import Arg, Manifest, Plan, read_plan
 from qcn_compile.errors import ArtifactError, CapacityError, DeviceError
-from qcn_compile.runtime.batch import Span
+from qcn_compile.runtime.batch import Capacity, InputArrays, Span
+from qcn_compile.runtime.choice import Pick
 from qcn_compile.runtime.cuda.device import ALIGNMENT, CudaDevice, Prepared
+from qcn_compile.runtime.cuda.sampling import WIDTH, SlotArrays, write_choice
 from qcn_compile.runtime.cuda.weights import DeviceWeights, total_bytes
 from qcn_compile.runtime.executable import Plans
 from qcn_compile.runtime.memory import MemoryPlan, page_part_bytes, plan_memory
@@ -46,6 +48,64 @@ def open_cuda(build: Path, manifest: Manifest, context_length: int | None, max_r
         raise
 
 
+class Stage:
+    """One of two sets of pinned input arrays: the host fills one while the device may still wait to read the other.
+
+    Every plan has its own layout of them, as tight as its capacities, so that little is copied; block table last.
+    """
+
+    def __init__(self, device: CudaDevice, plans: Sequence[Plan], width: int) -> None:
+        self.arrays = {plan.name: _inputs(plan, width) for plan in plans}
+        self.offsets = {name: _offsets(inputs) for name, inputs in self.arrays.items()}
+        self.nbytes = max(offsets["end"] for offsets in self.offsets.values())
+        block = device.pinned(self.nbytes)
+        block[:] = 0
+        for name, inputs in self.arrays.items():
+            for key, array in inputs.arrays.items():
+                at = self.offsets[name][key]
+                inputs.arrays[key] = block[at:at + array.nbytes].view(np.int32)
+        self.block = block
+        self.chosen = device.pinned(4 * max(plan.rows for plan in plans)).view(np.int32)
+        self.done = device.event(timed=False)
+
+    def used(self, plan: Plan) -> int:
+        """Bytes to copy: all arrays, of the block table only what is filled."""
+        counts = self.arrays[plan.name].arrays["counts"]
+        return self.offsets[plan.name]["block_table"] + 4 * int(counts[1]) * int(counts[3])
+
+
+def _inputs(plan: Plan, width: int) -> InputArrays:
+    inputs = InputArrays([Capacity(plan.tokens, plan.sequences, plan.rows)], width)
+    inputs.arrays["choice"] = np.zeros(plan.rows * WIDTH, np.int32)
+    return inputs
+
+
+def _offsets(inputs: InputArrays) -> dict[str, int]:
+    """Array -> where it starts, and `end`."""
+    offsets, at = {}, 0
+    for name in sorted(inputs.arrays, key=lambda name: name == "block_table"):
+        offsets[name] = at
+        at += -(-inputs.arrays[name].nbytes // LINE) * LINE
+    return {**offsets, "end": at}
+
+
+class CudaStep:
+    """A step on its way through the stream."""
+
+    def __init__(self, executable: CudaExecutable, plan: Plan, stage: Stage, rows: int) -> None:
+        self._executable, self._plan, self._stage, self._rows = executable, plan, stage, rows
+
+    def tokens(self) -> np.ndarray:
+        """i32 [R], the tokens chosen; -1 in rows left to the host, and where logits are no numbers."""
+        self._executable.wait(self._plan, self._stage)
+        return self._stage.chosen[:self._rows].copy()
+
+    def logits(self) -> np.ndarray:
+        """f32 [R, vocab] of a step that left rows to the host; valid until the next one."""
+        self._executable.wait(self._plan, self._stage)
+        return self._executable.widened(self._plan, self._rows)
+
+
 class CudaExecutable(Plans):
     """Runs the plans on a GPU over caches of its own. Every plan is captured into a graph when loaded."""
 
@@ -55,7 +115,12 @@ class CudaExecutable(Plans):
         self._device, self._weights = device, weights
         self._base = device.allocate(self.workspace_bytes)
         self._allocate_caches(manifest)
-        self._place_inputs()
+        self._stages = [Stage(device, self._plans, -(-memory.context_length // memory.page_size)) for _ in range(2)]
+        self._input_base = device.allocate(self._stages[0].nbytes)
+        self._slot_arrays = SlotArrays(device, memory.slots, self._vocab)
+        self._chosen = device.allocate(4 * max(plan.rows for plan in self._plans))
+        self._places = {**self._slot_arrays.places, "chosen": self._chosen}
+        self.least_token = -memory.slots
         device.load(build / KERNELS, {launch.kernel for plan in self._plans for launch in plan.launches})
         self._launches = {plan.name: [self._prepared(plan, i) for i in range(len(plan.launches))]
                           for plan in self._plans}
@@ -71,31 +136,55 @@ class CudaExecutable(Plans):
 
         Raises CapacityError when no plan holds it, DeviceError when the GPU stopped.
         """
+        return self.launch(spans, [None] * sum(s.wanted for s in spans)).logits()
+
+    def launch(self, spans: Sequence[Span], picks: Sequence[Pick | None]) -> CudaStep:
+        """Start a step; one pick a wanted row. The step before may still run. Raises as `run` does."""
         plan = self.select(sum(len(s.tokens) for s in spans), len(spans), sum(s.wanted for s in spans))
-        rows = self._inputs.fill(spans)
+        stage = self._stages[0]
+        self._stages.reverse()
         self._device.activate()
+        self.wait(plan, stage)
+        self._inputs = stage.arrays[plan.name]
+        rows = self._inputs.fill(spans)
+        write_choice(self._inputs.arrays["choice"].reshape(-1, WIDTH), picks)
         try:
-            self.send_inputs()
+            self._slot_arrays.send(picks)
+            self._device.upload_soon(self._input_base, stage.block[:stage.used(plan)])
             if self.profile is None:
                 self.replay(plan)
             else:
                 began = time.perf_counter()
                 self.profile.add(plan, self._timed(plan), began)
-            return self._receive(plan, rows)
+            self._return(plan, stage, rows, picks)
         except DeviceError as error:
-            raise DeviceError(f"plan {plan.name}: {error}; check the build with qcn-run --verify") from None
+            raise self._stopped(plan, error) from None
+        return CudaStep(self, plan, stage, rows)
 
-    def send_inputs(self) -> None:
-        """The step's input arrays to the device, in the stream; of the block table only what is used."""
-        counts = self._inputs.arrays["counts"]
-        used = self._fixed_bytes + 4 * int(counts[1]) * int(counts[3])
-        self._device.upload_soon(self._input_base, self._staging[:used])
+    def wait(self, plan: Plan, stage: Stage) -> None:
+        """Until the last step from a stage has ended."""
+        try:
+            self._device.wait(stage.done)
+        except DeviceError as error:
+            raise self._stopped(plan, error) from None
+
+    def widened(self, plan: Plan, rows: int) -> np.ndarray:
+        """The logits that were copied back, as f32."""
+        output = plan.outputs["logits"]
+        width = int(output["width"])
+        logits = self._logits.reshape(-1)[:rows * width].reshape(rows, width)
+        if output["dtype"] == "bf16":
+            raw = self._raw[:2 * rows * width].view(np.uint16).reshape(rows, width)
+            np.left_shift(raw, 16, out=logits.view(np.uint32), dtype=np.uint32)
+        else:
+            logits[...] = self._raw[:4 * rows * width].view(np.float32).reshape(rows, width)
+        return logits[:, :self._vocab]
 
     def replay(self, plan: Plan) -> None:
         """One plan, in the stream."""
         self._device.replay(self._graphs[plan.name])
 
-    def launch(self, plan: Plan) -> None:
+    def run_launches(self, plan: Plan) -> None:
         """One plan kernel by kernel, in the stream."""
         for prepared in self._launches[plan.name]:
             self._device.launch(prepared)
@@ -104,18 +193,18 @@ class CudaExecutable(Plans):
         """A plan by name."""
         return next(plan for plan in self._plans if plan.name == name)
 
-    def _receive(self, plan: Plan, rows: int) -> np.ndarray:
-        output = plan.outputs["logits"]
-        width, narrow = int(output["width"]), output["dtype"] == "bf16"
-        raw = self._raw[:rows * width * (2 if narrow else 4)]
-        self._device.download_soon(raw, self._base + int(output["offset"]))
-        self._device.synchronize()
-        logits = self._logits.reshape(-1)[:rows * width].reshape(rows, width)
-        if narrow:
-            np.left_shift(raw.view(np.uint16).reshape(rows, width), 16, out=logits.view(np.uint32), dtype=np.uint32)
-        else:
-            logits[...] = raw.view(np.float32).reshape(rows, width)
-        return logits[:, :self._vocab]
+    def _return(self, plan: Plan, stage: Stage, rows: int, picks: Sequence[Pick | None]) -> None:
+        """Copy back what the host wants, and mark the end of the step."""
+        if rows:
+            self._device.download_soon(stage.chosen[:rows], self._chosen)
+        if None in picks:
+            output = plan.outputs["logits"]
+            size = rows * int(output["width"]) * (2 if output["dtype"] == "bf16" else 4)
+            self._device.download_soon(self._raw[:size], self._base + int(output["offset"]))
+        self._device.record(stage.done)
+
+    def _stopped(self, plan: Plan, error: DeviceError) -> DeviceError:
+        return DeviceError(f"plan {plan.name}: {error}; check the build with qcn-run --verify")
 
     def _timed(self, plan: Plan) -> np.ndarray:
         """Seconds of each launch, run one by one."""
@@ -128,7 +217,7 @@ class CudaExecutable(Plans):
         return np.array([self._device.seconds(a, b) for a, b in pairwise(events)])
 
     def _capture(self, plan: Plan) -> Any:
-        return self._device.capture(lambda: self.launch(plan))
+        return self._device.capture(lambda: self.run_launches(plan))
 
     def _allocate_caches(self, manifest: Manifest) -> None:
         """One allocation for all KV pages and states."""
@@ -143,20 +232,11 @@ class CudaExecutable(Plans):
             self._caches[key] = at
             at += -(-nbytes // LINE) * LINE
 
-    def _place_inputs(self) -> None:
-        """Input arrays move into one pinned block, the block table last, with a twin on the device."""
-        arrays = self._inputs.arrays
-        order = sorted(arrays, key=lambda name: name == "block_table")
-        offsets, at = {}, 0
-        for name in order:
-            offsets[name] = at
-            at += -(-arrays[name].nbytes // LINE) * LINE
-        self._staging, self._input_base = self._device.pinned(at), self._device.allocate(at)
-        self._staging[:] = 0
-        self._fixed_bytes = offsets["block_table"]
-        for name, offset in offsets.items():
-            arrays[name] = self._staging[offset:offset + arrays[name].nbytes].view(np.int32)
-            self._places[name] = self._input_base + offset
+    def _pointer(self, arg: Arg, plan: Plan) -> int:
+        offsets = self._stages[0].offsets[plan.name]
+        if arg.kind == "input" and arg.name in offsets:
+            return self._input_base + offsets[arg.name]
+        return super()._pointer(arg, plan)
 
     def _prepared(self, plan: Plan, index: int) -> Prepared:
         launch = plan.launches[index]

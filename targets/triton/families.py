@@ -67,9 +67,10 @@ class Family:
         return present, absent
 
 
+_LOGITS = "logits:{X} choice:i32 history:i32 bias:f32 allowed:i32"
 _ROUTED = "order:i32 owner:i32 found:i32 w:{W} s?SCALED:f32"
 FAMILIES = {
-    "embedding": Family("rows", "ids:i32 w:bf16 y:bf16 counts:i32"),
+    "embedding": Family("rows", "ids:i32 last:i32 w:bf16 y:bf16 counts:i32"),
     "gather_rows": Family("rows", "x:bf16 rows:i32 y:bf16 counts:i32"),
     "rms_norm": Family("rows", "x:bf16 r?ADD:bf16 w:f32 z?GATE:bf16 total?ADD:bf16 y:bf16 counts:i32"),
     "unary": Family("rows", "x~:{X} y:{X} counts:i32"),
@@ -99,6 +100,10 @@ FAMILIES = {
                                        f"keys:bf16 values:bf16 {_BATCH}"),
     "attention_split": Family("attention", f"q:bf16 part:f32 score:f32 keys:bf16 values:bf16 {_BATCH}"),
     "attention_combine": Family("attention", "part:f32 score:f32 gate?GATE:bf16 y:bf16 counts:i32"),
+    "sample_blocks": Family("sample", f"{_LOGITS} top:f32 arg:i32 mass:f32 counts:i32"),
+    "sample_shortlist": Family("sample", f"{_LOGITS} top:f32 value:f32 number:i32 found:i32 counts:i32"),
+    "sample_pick": Family("sample", f"{_LOGITS} top:f32 arg:i32 mass:f32 value:f32 number:i32 found:i32 chosen:i32 "
+                                    "last:i32 counts:i32"),
     "attention_prefill": Family("attention", f"q:bf16 gate?GATE:bf16 y:bf16 keys:bf16 values:bf16 {_BATCH}"),
 }
 HIDDEN = ("W", "A", "B", "X", "Y", "R", "ADDEND")  # parameters that only say what a pointer is

@@ -1,15 +1,16 @@
-"""Ops that only GPU plans have: an RMS norm as the prologue of the products that read it."""
+"""Ops that only GPU plans have: an RMS norm as the prologue of the products that read it, and the choice of tokens."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from qcn_compile.ir.ops.linear import linear
 from qcn_compile.ir.ops.norm import rms_norm
 from qcn_compile.ir.optable import op
-from qcn_compile.ir.types import TensorType, size_of
+from qcn_compile.ir.types import DType, TensorType, size_of
 
 
 def _product(x: TensorType, w: TensorType) -> TensorType:
@@ -34,3 +35,10 @@ def norm_linear_pair(x: Tensor, norm_w: Tensor, w: Tensor, w2: Tensor, *, eps: f
     """Two products of one normed x: weights stored in two formats. x [T, K], w [N, K], w2 [N2, K]."""
     normed = rms_norm(x, norm_w, eps=eps)
     return linear(normed, w), linear(normed, w2)
+
+
+@op("sample", "logits", infer=lambda logits: TensorType(DType.i32, (logits.shape[0],)))
+def sample(logits: Tensor) -> Tensor:
+    """The next token of each wanted row: the likeliest. What else a request asks for (temperature, penalties) is in the
+    input arrays, as runtime/cuda/sampling.py writes them. logits [R, V] -> [R]."""
+    return logits.argmax(-1).to(torch.int32)

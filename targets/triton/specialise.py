@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from qcn_compile.ir.graph import Op, Value
+from qcn_compile.ir.optable import TABLE
 from qcn_compile.targets.base import Bucket
 from qcn_compile.targets.triton import ops as _ops  # noqa: F401  (registers the fused rows)
 
@@ -28,6 +29,13 @@ def specialise(ops: Sequence[Op], outputs: Sequence[Value], bucket: Bucket) -> l
         if op.name == "rms_norm" and op.result.tensor.rank == 2 and op.result not in outputs:
             _fuse(op, users.get(op.result, []), gone, swapped)
     return [swapped.get(id(op), op) for op in ops if id(op) not in gone]
+
+
+def choice(logits: Value) -> Op:
+    """The op that chooses tokens from the logits, which stay an output for what only the host can do."""
+    op = Op("sample", [logits], [])
+    op.results = [Value("chosen", TABLE["sample"].infer(logits.type), op)]  # type: ignore[arg-type]
+    return op
 
 
 def _fuse(norm: Op, readers: list[Op], gone: set[int], swapped: dict[int, Op]) -> None:

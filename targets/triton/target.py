@@ -17,7 +17,7 @@ from qcn_compile.targets.site import DECODE_TOKENS
 from qcn_compile.targets.spec import Hardware, hardware
 from qcn_compile.targets.triton import lowering, packing
 from qcn_compile.targets.triton.lowering.site import Site
-from qcn_compile.targets.triton.specialise import specialise
+from qcn_compile.targets.triton.specialise import choice, specialise
 
 PAGE = 32  # tokens of a KV page
 RING = 16  # inputs a convolution's ring holds; see kernels/delta.py
@@ -41,8 +41,8 @@ class GpuTarget:
         return {"arch": self.hardware.arch, "shared": self.hardware.shared}
 
     def specialise(self, ops: Sequence[Op], outputs: Sequence[Value], bucket: Bucket) -> list[Op]:
-        """The ops of a bucket: in some, ops are fused that stay apart in others."""
-        return specialise(ops, outputs, bucket)
+        """The ops of a bucket: in some, ops are fused that stay apart in others; last, the choice of tokens."""
+        return [*specialise(ops, outputs, bucket), *(choice(logits) for logits in outputs[:1])]
 
     def lower(self, op: Op, operands: Sequence[Operand | None], results: Sequence[TensorType],
               bucket: Bucket) -> list[Call]:

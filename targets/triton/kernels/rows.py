@@ -7,12 +7,19 @@ from qcn_compile.targets.triton.kernels.common import begin, silu, true_rows
 
 
 @triton.jit
-def embedding(ids, w, y, counts, VOCAB: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, PDL: tl.constexpr):
-    """y[t] = w[ids[t]]. Grid (T). An id outside the table reads row 0."""
+def token_id(ids, last, t):
+    """Token t of a step: what is given, or for -1 - slot the token that was last chosen for that slot."""
+    given = tl.load(ids + t)
+    return tl.where(given < 0, tl.load(last + tl.where(given < 0, -1 - given, 0)), given)
+
+
+@triton.jit
+def embedding(ids, last, w, y, counts, VOCAB: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, PDL: tl.constexpr):
+    """y[t] = w[token t]. Grid (T). An id outside the table reads row 0."""
     t = tl.program_id(0)
     begin(PDL)
     if t < tl.load(counts):
-        row = tl.load(ids + t)
+        row = token_id(ids, last, t)
         row = tl.where((row >= 0) & (row < VOCAB), row, 0).to(tl.int64)
         d = tl.arange(0, BD)
         value = tl.load(w + row * D + d, mask=d < D)

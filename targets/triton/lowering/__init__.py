@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from qcn_compile.targets.base import Call
-from qcn_compile.targets.triton.lowering import linear, mixer, moe, rows
+from qcn_compile.targets.triton.lowering import linear, mixer, moe, rows, sample
 from qcn_compile.targets.triton.lowering.site import Site
 
 UNARY = ("neg", "exp", "sigmoid", "silu", "softplus", "rsqrt", "add_scalar", "mul_scalar", "cast")
@@ -18,7 +18,7 @@ LOWERINGS: dict[str, Callable[[Site], list[Call]]] = {
     "norm_linear": linear.norm_linear, "norm_linear_pair": linear.norm_linear_pair,
     "moe_route": moe.route, "moe_experts": moe.experts, "moe_add": moe.experts,
     "rope_table": mixer.rope_table, "rope_append": mixer.rope_append, "paged_attention": mixer.paged_attention,
-    "delta_net": mixer.delta_net,
+    "delta_net": mixer.delta_net, "sample": sample.sample,
 }
 CURES = {
     **dict.fromkeys(("causal_conv1d", "gated_delta_rule", "delta_gate"), "keep the pass fuse-deltanet in the pipeline"),

@@ -18,7 +18,7 @@ from qcn_compile.targets.triton.lowering.site import (
     state,
 )
 
-SPLITS = 32  # stretches of the keys that decode attention looks at in parallel
+SPLITS, FEW = 32, 8  # stretches of the keys that decode attention looks at in parallel: of few tokens, of many
 KEYS = 64
 
 
@@ -73,18 +73,19 @@ def paged_attention(site: Site) -> list[Call]:
     caches: dict[str, Param] = {"HKV": kv_heads, "PAGE": site.page, "SQ": site.stride(0), "SCALE": site.real("scale")}
     pages = [state("state", "k"), state("state", "v")]
     group = power(heads // kv_heads)
-    if not site.decode:
+    if site.bucket.sequences < site.bucket.tokens:  # prompts share their keys among many tokens
         block = max(1, 64 // group)
         return [call("attention_prefill", [site.ref(0), *gate, result(), *pages, *BATCH],
                      (cdiv(tokens, block), kv_heads), BT=block, BG=group, BS=KEYS if dim <= 128 else KEYS // 2,
                      WARPS=8, STAGES=2, **shared, **gated, **caches)]
-    part = scratch("part", tokens * heads * SPLITS * dim, "f32")
-    score = scratch("score", tokens * heads * SPLITS, "f32")
+    splits = SPLITS if site.decode else FEW
+    part = scratch("part", tokens * heads * splits * dim, "f32")
+    score = scratch("score", tokens * heads * splits, "f32")
     return [
-        call("attention_split", [site.ref(0), part, score, *pages, *BATCH], (tokens, kv_heads, SPLITS),
-             BG=max(16, group), BS=KEYS if dim <= 128 else KEYS // 2, SPLITS=SPLITS, WARPS=8, STAGES=2, **shared,
+        call("attention_split", [site.ref(0), part, score, *pages, *BATCH], (tokens, kv_heads, splits),
+             BG=max(16, group), BS=KEYS if dim <= 128 else KEYS // 2, SPLITS=splits, WARPS=8, STAGES=2, **shared,
              **caches),
-        call("attention_combine", [part, score, *gate, result(), COUNTS], (tokens, heads), SPLITS=SPLITS, WARPS=8,
+        call("attention_combine", [part, score, *gate, result(), COUNTS], (tokens, heads), SPLITS=splits, WARPS=8,
              **shared, **gated)]
 
 

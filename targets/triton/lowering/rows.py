@@ -9,7 +9,7 @@ from qcn_compile.targets.triton.lowering.site import COUNTS, Site, call, inner, 
 BLOCK = 1024
 
 
-def _dtype(site: Site, type_: TensorType) -> str:
+def dtype_of(site: Site, type_: TensorType) -> str:
     if type_.dtype not in (DType.bf16, DType.f32):
         raise site.fail(f"an operand is {type_}", "GPU kernels compute on bf16 and f32")
     return type_.dtype.value
@@ -25,7 +25,7 @@ def unary(site: Site) -> list[Call]:
         return binary(site)
     width = inner(x.shape)
     return [call("unary", [site.ref(0), result(), COUNTS], (site.capacity(x.shape),), OP=site.op.name,
-                 VALUE=float(site.op.attrs.get("value", 0.0)), X=_dtype(site, y), D=width,  # type: ignore[arg-type]
+                 VALUE=float(site.op.attrs.get("value", 0.0)), X=dtype_of(site, y), D=width,  # type: ignore[arg-type]
                  BD=min(BLOCK, power(width)), SX=site.stride(0), **site.rows(x.shape))]
 
 
@@ -37,14 +37,14 @@ def binary(site: Site) -> list[Call]:
     (sa, ea), (sb, eb) = _form(site, 0, a, y), _form(site, second, b, y)
     width = inner(y.shape)
     return [call("binary", [site.ref(0), site.ref(second), result(), COUNTS], (site.capacity(y.shape),),
-                 OP=site.op.name, A=_stored(site, 0), B=_stored(site, second), Y=_dtype(site, y), D=width,
+                 OP=site.op.name, A=_stored(site, 0), B=_stored(site, second), Y=dtype_of(site, y), D=width,
                  BD=min(BLOCK, power(width)), SA=sa, EA=ea, SB=sb, EB=eb, **site.rows(y.shape))]
 
 
 def _stored(site: Site, index: int) -> str:
     """Small weights are f32 vectors whatever their type."""
     operand = site.operand(index)
-    return "f32" if operand.encoding is not None else _dtype(site, operand.type)
+    return "f32" if operand.encoding is not None else dtype_of(site, operand.type)
 
 
 def _form(site: Site, index: int, x: TensorType, y: TensorType) -> tuple[int, int]:
@@ -103,5 +103,5 @@ def embedding(site: Site) -> list[Call]:
     if encoding.format != "bf16":
         raise site.fail(f"an embedding table in {encoding.format}", "encode it as bf16")
     vocab, width = (int(d) for d in table.shape)  # type: ignore[arg-type]
-    return [call("embedding", [Ref("operand", index=0), *weight, result(), COUNTS], (site.capacity(ids.shape),),
-                 VOCAB=vocab, D=width, BD=power(width))]
+    return [call("embedding", [Ref("operand", index=0), Ref("input", name="last"), *weight, result(), COUNTS],
+                 (site.capacity(ids.shape),), VOCAB=vocab, D=width, BD=power(width))]

@@ -11,9 +11,12 @@ from fake_driver import FakeDriver, arguments
 from qcn_compile.artifact import Arg, CacheSpec, Launch, Manifest, Plan, seal, write_json
 from qcn_compile.errors import ArtifactError, CapacityError
 from qcn_compile.runtime.batch import Span
+from qcn_compile.runtime.choice import Pick
 from qcn_compile.runtime.cuda import executable as module
 from qcn_compile.runtime.cuda.executable import CudaExecutable, open_cuda
+from qcn_compile.runtime.cuda.sampling import slot_arrays
 from qcn_compile.runtime.profile import Profile
+from qcn_compile.runtime.request import Request, SamplingParams
 
 WIDTH = 5
 
@@ -61,6 +64,35 @@ def test_a_step(fake: FakeDriver, tmp_path: Path) -> None:
     fake._copy(device.ctypes.data, tokens, 8)
     assert device.tolist() == [7, 9] and len(fake.launches) == 1
     assert fake.calls.count("cuGraphLaunch") == 1 and executable.weight_bytes == 1 << 12
+
+
+def request(slot: int, **params: object) -> Request:
+    made = Request("r", [1, 2], SamplingParams(**params), 9, 0)  # type: ignore[arg-type]
+    made.slot = slot
+    return made
+
+
+def test_a_step_may_start_before_the_last_is_read(fake: FakeDriver, tmp_path: Path) -> None:
+    """Two sets of pinned arrays in turn, and what a pick asks for is on the device before the graph runs."""
+    executable = opened(tmp_path)
+    places = executable._slot_arrays.places
+    span = Span([-1 - 1], 3, 1, np.array([5], np.int32), 1)
+    asked = request(1, seed=7, top_k=3, presence_penalty=0.5, logit_bias={2: 1.5})
+    first = executable.launch([span], [Pick(asked, 4, 7, None, fresh=True)])
+    second = executable.launch([span], [None])
+    a, b = (stage.arrays["decode-2"].arrays for stage in executable._stages)
+    assert a["tokens"][0] == b["tokens"][0] == -2 and a["tokens"].ctypes.data != b["tokens"].ctypes.data
+    row = next(c["choice"].reshape(-1, 16)[0] for c in (a, b) if c["choice"][0])
+    assert row[:6].tolist() == [7, 1, 3, 7, 0, 4] and row[6:12].view(np.float32).tolist() == [1, 1, 0, 1, 0, 0.5]
+    kept = {name: np.empty(2 * size, np.int32) for name, size in slot_arrays(WIDTH).items()}
+    for name, array in kept.items():
+        fake._copy(array.ctypes.data, places[name], array.nbytes)
+    assert kept["history"][WIDTH:].tolist() == [0, 1 << 30, 1 << 30, 0, 0]
+    assert kept["bias"].view(np.float32)[WIDTH:].tolist() == [0, 0, 1.5, 0, 0]
+    fake._copy(executable._chosen, np.array([3], np.int32).ctypes.data, 4)
+    assert executable.launch([span], [None]).tokens().tolist() == [3]  # copied back with every step
+    assert len(first.tokens()) == 1 and second.logits().shape == (1, WIDTH)
+    executable.check_integrity()
 
 
 def test_the_profile_launches_one_by_one(fake: FakeDriver, tmp_path: Path,
