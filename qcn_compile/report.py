@@ -31,7 +31,8 @@ def write_report(build: Path, graphs: Sequence[Graph], context: PassContext, dec
         memory[f"{plan.entry}-{plan.name}"] = _memory(plan, buffers)
     events = [{"pass": name, **asdict(event)} for name, event in context.log]
     write_json(build / "report.json", {"decision": decision.to_json(), "memory": memory, "events": events,
-                                       "ops": {g.name: count(g.ops) for g in graphs}, "checkpoint": checkpoint.splitlines(),
+                                       "ops": {g.name: count(g.ops) for g in graphs},
+                                       "checkpoint": checkpoint.splitlines(),
                                        "passes": [[n, a, b] for n, _, a, b in tracing.times]})
 
 
