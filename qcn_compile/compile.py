@@ -25,6 +25,7 @@ from qcn_compile.lowering.convert import convert, key_of, resumable, take
 from qcn_compile.lowering.decide import Decision, decide
 from qcn_compile.lowering.late import deferred
 from qcn_compile.lowering.plan import blobs_of, make_plan
+from qcn_compile.lowering.rope import rope_tables
 from qcn_compile.lowering.schedule import Schedule, schedule
 from qcn_compile.lowering.weights import BlobKey, name_blobs, plan_files
 from qcn_compile.passes.base import PassContext
@@ -165,7 +166,8 @@ def _weights_mode(options: Options, target: Target, traced: Traced, located: Loc
 
 def _entries(traced: Traced, mtp: bool) -> list[Graph]:
     if mtp and traced.mtp is None:
-        raise UsageError("--mtp: this checkpoint has no MTP head (no mtp.* tensors); leave --mtp out")
+        raise UsageError("--mtp: this checkpoint has no MTP head (no mtp.* tensors; Qwen3-Coder-Next ships none, "
+                         "Qwen3-Next-80B-A3B has one); leave --mtp out, and speculate with ngram")
     return [traced.main, traced.mtp] if mtp and traced.mtp else [traced.main]
 
 
@@ -198,6 +200,7 @@ def _write(output: Path, build: Path, traced: Traced, target: Target, decision: 
     _copy_tokenizer(traced, build / "tokenizer")
     with clock.stage("weights"):  # last: it is the longest, and what it has done survives an interrupt
         weights, digests = _write_weights(output, build, traced, target, names, mode, tell)
+    weights["rope"] = rope_tables(schedules, names)
     manifest = _manifest(traced, target, decision, schedules, plans, [f"kernels/{n}" for n in libraries],
                          weights, kernels)
     return manifest, digests

@@ -36,6 +36,11 @@ class Span:
     wanted: int
 
 
+def demand(spans: Sequence[Span]) -> tuple[int, int, int]:
+    """Tokens, sequences and rows of logits of a step."""
+    return sum(len(s.tokens) for s in spans), len(spans), sum(s.wanted for s in spans)
+
+
 class InputArrays:
     """The arrays of `artifact.INPUTS`, allocated once at the largest capacity and rewritten each step."""
 

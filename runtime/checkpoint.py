@@ -18,6 +18,7 @@ from pathlib import Path
 
 from qcn_compile import settings
 from qcn_compile.errors import QcnError, UsageError
+from qcn_compile.runtime.speculation.options import MTP, speculative_algorithm
 
 MANIFEST = "manifest.json"
 INSTALL = "pip install 'qcn-compile[compile]'"
@@ -105,6 +106,8 @@ def find_checkpoint(arguments: argparse.Namespace) -> Checkpoint | None:
         return None
     target = arguments.target or _this_gpu() or "cpu"
     flags = ["--target", target]
+    if speculative_algorithm(arguments.speculative_algorithm) == MTP:
+        flags.append("--mtp")
     if arguments.quantization is not None:
         flags += ["--quant", arguments.quantization]
     found = Checkpoint(str(given), tuple(flags))

@@ -165,6 +165,7 @@ def _load(arguments: argparse.Namespace, checkpoint: Checkpoint | None) -> Model
                      max_running_requests=running, prefill_chunk=None if chunk == -1 else chunk,
                      cache_memory=cache_budget(arguments), huge_pages=arguments.huge_pages,
                      verify=arguments.verify, model=arguments.model, prefix=prefix, speculation=speculation,
+                    overrides=arguments.json_model_override_args,
                      report=progress.report)
     if arguments.expert_statistics is not None:
         try:

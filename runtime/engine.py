@@ -192,8 +192,9 @@ class Engine:
 
     def step(self) -> list[Output]:
         """Run or launch a step and return what is new. Raises CapacityError when requests wait and none can run."""
+        started = time.perf_counter()
         chunks = self._scheduler.schedule()
-        before, self._flight = self._flight, self._launch(chunks) if chunks else None
+        before, self._flight = self._flight, self._launch(chunks, started) if chunks else None
         outputs = [] if before is None else self._land(before)
         if self._flight is not None and not self._flight.ahead:
             flight, self._flight = self._flight, None
@@ -203,8 +204,7 @@ class Engine:
                                 "release those first")
         return outputs
 
-    def _launch(self, chunks: list[Chunk]) -> Flight:
-        started = time.perf_counter()
+    def _launch(self, chunks: list[Chunk], started: float) -> Flight:
         decoding = all(chunk.request.decoding for chunk in chunks)
         drafted = any(chunk.drafts or chunk.request.lag for chunk in chunks)
         spans = [self._span(chunk) for chunk in chunks]
@@ -212,7 +212,7 @@ class Engine:
         launch = getattr(self._runner, "launch", None)
         launched = Ready(self._runner.run(spans)) if launch is None else launch(spans, picks)
         ahead = launch is not None and self.speculation is None and all(p and p.constraint is None for p in picks)
-        flight = Flight(chunks, launched, picks, started, decoding, drafted, ahead)
+        flight = Flight(chunks, spans, launched, picks, started, decoding, drafted, ahead)
         for chunk in chunks:
             if ahead or not chunk.samples:
                 self._scheduler.advance(chunk, int(chunk.samples))
@@ -237,6 +237,8 @@ class Engine:
                 row += chunk.rows
                 if not chunk.request.finished:
                     outputs.append(self._append(flight, chunk, rows, tokens, logits))
+        if self.speculation is not None:
+            self.speculation.computed([(c.request, span) for c, span in zip(flight.chunks, flight.spans, strict=True)])
         if self.speculation is not None and flight.decoding:
             self.speculation.times.add(len(flight.chunks), flight.drafted, time.perf_counter() - flight.started)
         return outputs

@@ -11,7 +11,7 @@ import numpy as np
 
 from qcn_compile.artifact import Arg, Manifest, Plan, Route, read_plan
 from qcn_compile.errors import ArtifactError, CapacityError, DeviceError
-from qcn_compile.runtime.batch import Capacity, InputArrays, Span
+from qcn_compile.runtime.batch import Capacity, InputArrays, Span, demand
 from qcn_compile.runtime.device import ANY, LAUNCH, POINTER, CpuDevice, address, allocate
 from qcn_compile.runtime.memory import MemoryPlan, page_part_bytes
 from qcn_compile.runtime.prefix.rows import CacheRows
@@ -27,9 +27,13 @@ class Addressed(Protocol):
 
     def address(self, name: str) -> int: ...
 
+    def replace(self, name: str, data: np.ndarray) -> None: ...
+
 
 class Plans:
-    """The `main` plans of one build, smallest first, the input arrays of a step, and where arguments lie.
+    """The plans of one build, smallest first, the input arrays of a step, and where arguments lie.
+
+    Those of the entry `main`, and of `mtp` when the build has the draft head.
 
     A device's executable fills in the addresses: `_base` of the workspace, `_caches` and `_places` of the inputs.
     """
@@ -38,11 +42,13 @@ class Plans:
     _base: int
 
     def __init__(self, build: Path, manifest: Manifest, memory: MemoryPlan) -> None:
-        plans = [plan for name in manifest.plans if (plan := read_plan(build, name)).entry == "main"]
-        if not plans:
+        plans = sorted((read_plan(build, name) for name in manifest.plans),
+                       key=lambda plan: (plan.tokens, plan.sequences, plan.rows))
+        self._plans = [plan for plan in plans if plan.entry == "main"]
+        self._draft_plans = [plan for plan in plans if plan.entry == "mtp"]
+        if not self._plans:
             raise ArtifactError(f"{build} has no plan of the entry main; build again with qcn-compile")
         self._memory, self._vocab = memory, manifest.vocab_size
-        self._plans = sorted(plans, key=lambda plan: (plan.tokens, plan.sequences, plan.rows))
         self._inputs = InputArrays(self.capacities, -(-memory.context_length // memory.page_size))
         self._caches: dict[tuple[str, str], int] = {}
         self._places: dict[str, int] = {}
@@ -54,7 +60,12 @@ class Plans:
     @property
     def capacities(self) -> tuple[Capacity, ...]:
         """What each plan holds, smallest first."""
-        return tuple(Capacity(plan.tokens, plan.sequences, plan.rows) for plan in self._plans)
+        return _capacities(self._plans)
+
+    @property
+    def draft_capacities(self) -> tuple[Capacity, ...]:
+        """The same of the draft head; empty without one."""
+        return _capacities(self._draft_plans)
 
     @property
     def weight_bytes(self) -> int:
@@ -65,14 +76,19 @@ class Plans:
         """The routers of the smallest plan; the others have the same layers."""
         return self._plans[0].routes
 
-    def select(self, tokens: int, sequences: int, rows: int) -> Plan:
-        """The smallest plan that holds a step. Raises CapacityError when none does."""
-        for plan, capacity in zip(self._plans, self.capacities, strict=True):
-            if capacity.holds(tokens, sequences, rows):
+    def select(self, tokens: int, sequences: int, rows: int, plans: Sequence[Plan] | None = None) -> Plan:
+        """The smallest plan (of the main model) that holds a step. Raises CapacityError when none does."""
+        plans = self._plans if plans is None else plans
+        for plan in plans:
+            if Capacity(plan.tokens, plan.sequences, plan.rows).holds(tokens, sequences, rows):
                 return plan
         raise CapacityError(f"a step of {tokens} tokens, {sequences} sequences and {rows} rows of logits fits no plan "
-                            f"of the build ({', '.join(p.name for p in self._plans)})"
+                            f"of the build ({', '.join(p.name for p in plans)})"
                             "; split it, or build larger buckets")
+
+    def replace_weight(self, name: str, data: np.ndarray) -> None:
+        """Other contents for a blob, before the first step."""
+        self._weights.replace(name, data)
 
     def check_integrity(self) -> None:
         """The last step's inputs name only tokens, pages and slots that exist."""
@@ -98,6 +114,10 @@ class Plans:
                             f"{arg.part}".rstrip() + "; build again with the qcn-compile of this version")
 
 
+def _capacities(plans: Sequence[Plan]) -> tuple[Capacity, ...]:
+    return tuple(Capacity(plan.tokens, plan.sequences, plan.rows) for plan in plans)
+
+
 class Executable(Plans):
     """Runs the plans on the CPU over caches of its own. Plans are bound to addresses on first use."""
 
@@ -105,37 +125,61 @@ class Executable(Plans):
                  memory: MemoryPlan) -> None:
         super().__init__(build, manifest, memory)
         self._device, self._weights = device, weights
-        self._tables: dict[str, tuple[np.ndarray, list[np.ndarray]]] = {}
+        self._tables: dict[tuple[str, str], tuple[np.ndarray, list[np.ndarray]]] = {}
         self._workspace = allocate(self.workspace_bytes)
         self._base = address(self._workspace)
-        self._places = {name: address(array) for name, array in self._inputs.arrays.items()}
+        most = max((plan.tokens for plan in self._draft_plans), default=0)
+        self._hidden_in = allocate(4 * most * manifest.hidden_size).view(np.float32).reshape(most, manifest.hidden_size)
+        arrays = {**self._inputs.arrays, "hidden": self._hidden_in}
+        self._places = {name: address(array) for name, array in arrays.items()}
         self._memory_of_caches = self._allocate_caches(manifest)
         self._caches = {key: address(array) for key, array in self._memory_of_caches.items()}
         states = [array for (_, part), array in self._memory_of_caches.items() if not part]
         pages = [array for (_, part), array in self._memory_of_caches.items() if part]
         self.rows = CacheRows([array.reshape(memory.pages, -1) for array in pages],
                               [array.reshape(memory.all_slots, -1) for array in states])
+        self._last = self._plans[0]
 
     def run(self, spans: Sequence[Span]) -> np.ndarray:
         """Run one step. Returns the wanted rows' logits, f32 [R, vocab], valid until the next step.
 
         Raises CapacityError when no plan holds it, DeviceError naming the kernel and op that failed.
         """
-        plan = self.select(sum(len(s.tokens) for s in spans), len(spans), sum(s.wanted for s in spans))
+        return self._step(spans, self._plans)[:, :self._vocab]
+
+    def hidden(self) -> np.ndarray:
+        """Hidden states of the last step, f32 [T, hidden], valid until the next."""
+        return self._output("hidden", int(self._inputs.arrays["counts"][0]))
+
+    def draft(self, spans: Sequence[Span], hidden: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """One step of the draft head: tokens, and the hidden states f32 [T, hidden] of those before them.
+
+        Returns the wanted rows' logits, f32 [R, vocab], and all hidden states, valid until the next step. Raises as
+        `run`.
+        """
+        self._hidden_in[:len(hidden)] = hidden
+        return self._step(spans, self._draft_plans)[:, :self._vocab], self.hidden()
+
+    def _step(self, spans: Sequence[Span], plans: Sequence[Plan]) -> np.ndarray:
+        plan = self._last = self.select(*demand(spans), plans)
         rows = self._inputs.fill(spans)
         table = self._bound(plan)
         seconds, began = None if self.profile is None else np.zeros(len(table)), time.perf_counter()
-        failed = self._device.run(table, seconds) if self.routing is None else self._watched(plan, table, seconds)
+        watched = self.routing is not None and plan.entry == "main"
+        failed = self._watched(plan, table, seconds) if watched else self._device.run(table, seconds)
         if failed >= 0:
             launch = plan.launches[failed]
             raise DeviceError(f"kernel {launch.kernel} of op {launch.op} ({launch.location}) failed in plan {plan.name}"
                               f": {self._device.error()}; check the build with qcn-run --verify, or build it again")
         if self.profile is not None and seconds is not None:
             self.profile.add(plan, seconds, began)
-        output = plan.outputs["logits"]
+        return self._output("logits", rows)
+
+    def _output(self, name: str, rows: int) -> np.ndarray:
+        """Rows of a result of the last step, f32."""
+        output = self._last.outputs[name]
         start, width = output["offset"], output["width"]
-        logits = self._workspace[start:start + 4 * rows * width].view(np.float32).reshape(rows, width)
-        return logits[:, :self._vocab]
+        return self._workspace[start:start + 4 * rows * width].view(np.float32).reshape(rows, width)
 
     def _watched(self, plan: Plan, table: np.ndarray, seconds: np.ndarray | None) -> int:
         """The launches with a halt after every router, whose choices are counted; what `CpuDevice.run` returns."""
@@ -165,7 +209,8 @@ class Executable(Plans):
 
     def _bound(self, plan: Plan) -> np.ndarray:
         """The plan's LAUNCH table with every pointer resolved."""
-        if plan.name not in self._tables:
+        key = plan.entry, plan.name
+        if key not in self._tables:
             table = np.zeros(len(plan.launches), LAUNCH)
             keep = []
             for row, launch in zip(table, plan.launches, strict=True):
@@ -175,5 +220,5 @@ class Executable(Plans):
                 row["function"] = self._device.symbol(launch.kernel)
                 row["args"], row["n_args"] = address(args), len(args)
                 keep.append(args)
-            self._tables[plan.name] = table, keep
-        return self._tables[plan.name][0]
+            self._tables[key] = table, keep
+        return self._tables[key][0]

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from qcn_compile.runtime.batch import Span
 from qcn_compile.runtime.choice import Launched, Pick
 from qcn_compile.runtime.scheduler import Chunk
 
@@ -18,6 +19,7 @@ class Flight:
     """
 
     chunks: list[Chunk]
+    spans: list[Span]
     launched: Launched
     picks: list[Pick | None]
     started: float

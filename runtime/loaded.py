@@ -25,11 +25,13 @@ from qcn_compile.runtime.executable import Executable
 from qcn_compile.runtime.memory import MemoryPlan, plan_memory
 from qcn_compile.runtime.prefix.build import prefix_cache
 from qcn_compile.runtime.prefix.options import PrefixOptions
-from qcn_compile.runtime.prefix.rows import Rows
 from qcn_compile.runtime.ragged import RaggedSequences
 from qcn_compile.runtime.request import SamplingParams
+from qcn_compile.runtime.rope import apply, rope_override
 from qcn_compile.runtime.routing import Routing, check
-from qcn_compile.runtime.speculation.options import SpeculationOptions
+from qcn_compile.runtime.speculation.mtp import MtpDrafter
+from qcn_compile.runtime.speculation.ngram import LookupDrafter
+from qcn_compile.runtime.speculation.options import MTP, SpeculationOptions
 from qcn_compile.runtime.speculation.speculation import Speculation
 from qcn_compile.runtime.tokenizer import FOLDER, GenerationDefaults, Tokenizer
 from qcn_compile.runtime.weights import Report, Weights
@@ -40,13 +42,14 @@ Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 def load(build: str | PathLike[str], *, context_length: int | None = None, max_running_requests: int = 4,
          threads: int | None = None, cache_memory: int | None = None, prefill_chunk: int | None = None,
          huge_pages: bool = False, pin: bool = False, verify: bool = False, model: str | PathLike[str] | None = None,
-         prefix: PrefixOptions | None = None, speculation: SpeculationOptions | None = None,
+         prefix: PrefixOptions | None = None, speculation: SpeculationOptions | None = None, overrides: str = "{}",
          report: Report | None = None) -> Model:
     """Open a build. `cache_memory` in bytes bounds KV pages and state slots; `prefill_chunk` prompt tokens a step.
 
     `huge_pages` copies the weights into huge pages, `pin` binds threads to cores, `verify` hashes every file, `model`
     is the checkpoint that a build without weights takes them from, `prefix` switches the prefix cache on, `speculation`
-    drafting.
+    drafting. `overrides`: JSON over the model's config, of its rope parameters only; `context_length` may then be as
+    long as they allow.
     Raises ArtifactError, CapacityError, UsageError or DeviceError with the cure in the message.
     """
     if threads is not None and threads < 1:
@@ -56,6 +59,11 @@ def load(build: str | PathLike[str], *, context_length: int | None = None, max_r
     started = time.perf_counter()
     path = Path(build)
     manifest = read_manifest(path, deep=verify)
+    rope = rope_override(overrides, manifest.model.get("config", {}))
+    if rope is not None:
+        context_length = context_length or manifest.context_length
+        manifest = replace(manifest, context_length=max(rope.positions, manifest.context_length))
+        prefix = None if prefix is None else replace(prefix, overrides=overrides)
     device: CpuDevice | CudaDevice
     executable: Executable | CudaExecutable
     if manifest.target.get("kind") == "gpu":
@@ -67,6 +75,8 @@ def load(build: str | PathLike[str], *, context_length: int | None = None, max_r
                              speculation is not None)
         device, executable = _open_cpu(path, manifest, memory, threads or settings.threads(), pin, huge_pages, report)
     try:
+        if rope is not None:
+            apply(rope, manifest, executable)
         loaded = Model(path, manifest, device, executable, memory, prefill_chunk, prefix, speculation)
     except (QcnError, OSError):
         device.close()
@@ -103,7 +113,7 @@ class Model:
         rows = executable.rows if isinstance(executable, Executable) else None
         self.engine = Engine(executable, _no_text if self._tokenizer is None else self._tokenizer.token_bytes, config,
                              prefix_cache(build, prefix, memory, rows, self._tokenizer),
-                             _speculation(speculation, memory, rows))
+                             _speculation(speculation, memory, executable))
         self._sequences = RaggedSequences(executable, self.engine)
         self._streams: WeakValueDictionary[str, Stream] = WeakValueDictionary()
 
@@ -254,11 +264,18 @@ class Stream(Iterator[Output]):
         self.close()
 
 
-def _speculation(options: SpeculationOptions | None, memory: MemoryPlan, rows: Rows | None) -> Speculation | None:
-    if options is not None and rows is None:
+def _speculation(options: SpeculationOptions | None, memory: MemoryPlan,
+                 executable: Executable | CudaExecutable) -> Speculation | None:
+    if options is None:
+        return None
+    if not isinstance(executable, Executable):
         raise UsageError("--speculative-algorithm: not built yet for GPU builds")
-    return None if options is None or rows is None else Speculation(rows, memory.slots + memory.snapshots,
-                                                                    options.drafts)
+    if options.algorithm == MTP and not executable.draft_capacities:
+        raise UsageError("--speculative-algorithm mtp: this build has no MTP head. If its checkpoint has one "
+                         "(Qwen3-Next-80B-A3B has, Qwen3-Coder-Next ships none), build again with qcn-compile --mtp; "
+                         "otherwise use --speculative-algorithm ngram")
+    drafter = MtpDrafter(executable) if options.algorithm == MTP else LookupDrafter()
+    return Speculation(executable.rows, memory.slots + memory.snapshots, options.count, drafter)
 
 
 def _no_text(token: int) -> bytes:

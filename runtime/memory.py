@@ -65,8 +65,9 @@ def plan_memory(manifest: Manifest, context_length: int | None, max_running: int
     """
     context = manifest.context_length if context_length is None else context_length
     if not 1 <= context <= manifest.context_length:
-        raise UsageError(f"--context-length {context}: the build holds 1 to {manifest.context_length} tokens; "
-                         "ask for less, or build again with a larger --context-length")
+        raise UsageError(f"--context-length {context}: the build is for 1 to {manifest.context_length} tokens; ask for "
+                         "less, build again with a larger --context-length, or stretch the model's rope with "
+                         "--json-model-override-args '{\"rope_scaling\": {\"rope_type\": \"yarn\", \"factor\": ...}}'")
     if max_running < 1:
         raise UsageError(f"--max-running-requests {max_running}: must be at least 1")
     page_bytes = sum(cache.unit_bytes for cache in manifest.caches if cache.kind == "kv")

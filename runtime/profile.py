@@ -45,13 +45,14 @@ class Profile:
         """One step that began at `at`: seconds f64 [launches] of `plan`. An op's launches share its bytes."""
         if self.trace is not None:
             self.trace.add(plan, seconds, at)
-        self._steps[plan.name] = self._steps.get(plan.name, 0) + 1
+        name = plan.name if plan.entry == "main" else f"{plan.entry} {plan.name}"
+        self._steps[name] = self._steps.get(name, 0) + 1
         start = 0
         for op, group in groupby(plan.launches, key=lambda launch: launch.op):
             launches = list(group)
             kernels, kind = tuple(launch.kernel for launch in launches), op.split()[0]
-            empty = Row(plan.name, kind, kernels, np.zeros(len(kernels)))
-            row = self._rows.setdefault((plan.name, kind, kernels), empty)
+            empty = Row(name, kind, kernels, np.zeros(len(kernels)))
+            row = self._rows.setdefault((name, kind, kernels), empty)
             row.kernel_seconds += seconds[start:start + len(kernels)]
             row.calls += 1
             row.bytes += sum(launch.bytes for launch in launches)

@@ -173,21 +173,26 @@ class Scheduler:
     def _with_drafts(self, chunks: list[Chunk], speculation: Speculation) -> list[Chunk]:
         """Add drafts to decoding requests as far as a plan and the free pages hold them."""
         tokens, rows = sum(chunk.count for chunk in chunks), sum(chunk.rows for chunk in chunks)
-        drafted = []
-        for chunk in chunks:
+        asks = {}
+        for place, chunk in enumerate(chunks):
             request = chunk.request
             if chunk.samples and request.decoding and request.generated:
                 room = self._draft_room(tokens, len(chunks), rows, speculation.count)
-                drafts = speculation.draft(request, room)
-                length = len(request.tokens) + len(drafts)
-                assert request.table is not None
-                if drafts and request.table.missing(length) <= self._pages.free:
-                    request.table.grow(length)
-                    speculation.save(request)
-                    chunk = replace(chunk, drafts=drafts)
-                    tokens, rows = tokens + len(drafts), rows + len(drafts)
-            drafted.append(chunk)
-        return drafted
+                count = speculation.wanted(request, room)
+                if count and self._free_pages(request, len(request.tokens) + count):
+                    asks[place] = (request, count)
+                    tokens, rows = tokens + count, rows + count
+        for place, drafts in zip(asks, speculation.draft(list(asks.values())), strict=True):
+            chunks[place] = replace(chunks[place], drafts=drafts)
+        return chunks
+
+    def _free_pages(self, request: Request, tokens: int) -> bool:
+        """Give a request room for so many tokens if pages are free."""
+        assert request.table is not None
+        if request.table.missing(tokens) > self._pages.free:
+            return False
+        request.table.grow(tokens)
+        return True
 
     def _draft_room(self, tokens: int, sequences: int, rows: int, most: int) -> int:
         """How many drafts a plan still holds in a step."""

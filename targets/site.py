@@ -90,6 +90,12 @@ class BaseSite:
             return Ref("blob", index=index, layout="vector", part="w")
         return Ref("operand", index=index)
 
+    def frequencies(self, index: int) -> Ref:
+        """Rotary frequencies: when static, a blob that a run may replace, with a factor of the table behind them."""
+        if self.operand(index).encoding is not None:
+            return Ref("blob", index=index, layout="rope", part="w")
+        return Ref("operand", index=index)
+
     def capacity(self, shape: Sequence[Dim]) -> int:
         """Greatest number of rows in this bucket."""
         size = shape[0] if shape else 1

@@ -12,7 +12,7 @@ import numpy as np
 
 from qcn_compile.artifact import Arg, Manifest, Plan, read_plan
 from qcn_compile.errors import ArtifactError, CapacityError, DeviceError
-from qcn_compile.runtime.batch import Capacity, InputArrays, Span
+from qcn_compile.runtime.batch import Capacity, InputArrays, Span, demand
 from qcn_compile.runtime.choice import Pick
 from qcn_compile.runtime.cuda.device import ALIGNMENT, CudaDevice, Prepared
 from qcn_compile.runtime.cuda.sampling import WIDTH, SlotArrays, write_choice
@@ -140,7 +140,7 @@ class CudaExecutable(Plans):
 
     def launch(self, spans: Sequence[Span], picks: Sequence[Pick | None]) -> CudaStep:
         """Start a step; one pick a wanted row. The step before may still run. Raises as `run` does."""
-        plan = self.select(sum(len(s.tokens) for s in spans), len(spans), sum(s.wanted for s in spans))
+        plan = self.select(*demand(spans))
         stage = self._stages[0]
         self._stages.reverse()
         self._device.activate()

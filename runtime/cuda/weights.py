@@ -52,6 +52,10 @@ class DeviceWeights:
         except KeyError:
             raise ArtifactError(f"the weights lack the blob {name}; build again with qcn-compile") from None
 
+    def replace(self, name: str, data: np.ndarray) -> None:
+        """Other contents for a blob, as many bytes."""
+        self._device.upload(self.address(name), data.view(np.uint8))
+
     def _advance(self, nbytes: int) -> None:
         self._done += nbytes
         self._report("loading weights", self._done, self.nbytes)

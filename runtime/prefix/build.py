@@ -33,7 +33,7 @@ def prefix_cache(build: Path, options: PrefixOptions | None, memory: MemoryPlan,
     files = None
     if options.store is not None:
         try:
-            files = PrefixFiles(options.store, identity(build, memory), options.store_bytes)
+            files = PrefixFiles(options.store, identity(build, memory, options.overrides), options.store_bytes)
         except OSError as error:
             raise UsageError(f"--prefix-store {options.store}: {error.strerror or error}") from None
     policy = message_policy(tokenizer, memory.page_size)
@@ -50,7 +50,8 @@ def message_policy(tokenizer: Tokenizer | None, page_size: int) -> SnapshotPolic
     return SnapshotPolicy(page_size, ids(MESSAGE_START), ids(MESSAGE_END))
 
 
-def identity(build: Path, memory: MemoryPlan) -> str:
+def identity(build: Path, memory: MemoryPlan, overrides: str = "") -> str:
     """What must be the same for stored pages and states to be of use: the build, which names all its files' hashes."""
-    layout = json.dumps([hashlib.sha256((build / "manifest.json").read_bytes()).hexdigest(), memory.page_size])
+    digest = hashlib.sha256((build / "manifest.json").read_bytes()).hexdigest()
+    layout = json.dumps([digest, memory.page_size, overrides])
     return hashlib.sha256(layout.encode()).hexdigest()

@@ -15,6 +15,7 @@ RATIO = 0.9
 class PrefixOptions:
     """Bytes of host memory for what the device has no room for (None: a tenth of the memory), and a folder for files.
 
+    overrides: of the model's config, which stored prefixes depend on.
     states: state slots in all, running sequences' and snapshots'. None: by `ratio`, state memory to KV memory.
     """
 
@@ -23,6 +24,7 @@ class PrefixOptions:
     store_bytes: int = 32_000_000_000
     states: int | None = None
     ratio: float = RATIO
+    overrides: str = ""
 
     def __post_init__(self) -> None:
         if self.states is not None and self.states < 1:

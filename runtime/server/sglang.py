@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 
 from qcn_compile.errors import UsageError
+from qcn_compile.runtime.rope import parse_overrides
 
 _ONE_DEVICE = "several GPUs for one model are not built yet; leave it out"
 COUNTS = {
@@ -37,7 +37,7 @@ def add_sglang_flags(parser: argparse.ArgumentParser) -> None:
     for dest, (names, _) in COUNTS.items():
         g.add_argument(*names, type=int, default=1, dest=dest, metavar="N", help="1 only")
     g.add_argument("--json-model-override-args", default="{}", metavar="JSON",
-                   help="{} only: overrides are not built yet")
+                   help="over the model's config: rope_scaling (YaRN and others), rope_theta, max_position_embeddings")
     g.add_argument("--mamba-ssm-dtype", metavar="NAME", help="float32 only: other state formats are not built yet")
     for dest, (names, reason) in IGNORED.items():
         if dest in _SWITCHES:
@@ -54,19 +54,7 @@ def check_sglang_flags(arguments: argparse.Namespace) -> None:
     if arguments.mamba_ssm_dtype not in (None, "float32"):
         raise UsageError(f"--mamba-ssm-dtype {arguments.mamba_ssm_dtype}: states in other formats than float32 are not "
                          "built yet; leave it out")
-    _check_overrides(arguments.json_model_override_args)
+    parse_overrides(arguments.json_model_override_args)
     for dest, (names, reason) in IGNORED.items():
         if getattr(arguments, dest) is not None:
             print(f"qcn-run: {names[0]} has no effect: {reason}", file=sys.stderr)
-
-
-def _check_overrides(text: str) -> None:
-    try:
-        overrides = json.loads(text)
-    except ValueError as error:
-        raise UsageError(f"--json-model-override-args: is no JSON ({error})") from None
-    if not isinstance(overrides, dict):
-        raise UsageError("--json-model-override-args: must be a JSON object")
-    if overrides:
-        raise UsageError(f"--json-model-override-args {', '.join(overrides)}: overrides of the model's config, such as "
-                         "YaRN for longer contexts, are not built yet; leave it out")

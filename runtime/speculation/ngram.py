@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import numpy as np
+
+from qcn_compile.runtime.batch import Span
+from qcn_compile.runtime.request import Request
 
 LONGEST, SHORTEST = 8, 2  # tokens that must have occurred before, at most looked at and at least asked for
 
@@ -43,3 +47,33 @@ class NgramDrafter:
         self._tokens[self._count:len(tokens)] = tokens[self._count:]
         self._count = len(tokens)
         return self._tokens[:self._count]
+
+
+class Lookup(Protocol):
+    """Guesses what follows one text that grows."""
+
+    def draft(self, tokens: Sequence[int], count: int) -> list[int]: ...
+
+
+class LookupDrafter:
+    """One lookup a request."""
+
+    def __init__(self, make: Callable[[], Lookup] = NgramDrafter) -> None:
+        self._make = make
+        self._requests: dict[str, Lookup] = {}
+
+    def computed(self, steps: Sequence[tuple[Request, Span]]) -> None:
+        """Tokens are all it looks at."""
+
+    def draft(self, asks: Sequence[tuple[Request, int]]) -> list[Sequence[int]]:
+        """At most so many tokens for each (request, count)."""
+        return [self._of(request).draft(request.tokens, count) for request, count in asks]
+
+    def left(self, request: Request) -> None:
+        """Forget a text; it is read again if the request comes back."""
+        self._requests.pop(request.id, None)
+
+    def _of(self, request: Request) -> Lookup:
+        if request.id not in self._requests:
+            self._requests[request.id] = self._make()
+        return self._requests[request.id]

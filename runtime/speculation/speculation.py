@@ -2,29 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from qcn_compile.runtime.batch import Span
 from qcn_compile.runtime.prefix.rows import Rows
 from qcn_compile.runtime.request import Request
-from qcn_compile.runtime.speculation.ngram import NgramDrafter
 from qcn_compile.runtime.speculation.pace import Pace, StepTimes
 
 _LONGEST_REPLAY = 8  # accepted tokens to compute again beside new drafts; more are first computed alone
 
 
 class Drafter(Protocol):
-    """Guesses what follows."""
+    """Guesses what follows, for all decoding requests at once."""
 
-    def draft(self, tokens: Sequence[int], count: int) -> list[int]: ...
+    def computed(self, steps: Sequence[tuple[Request, Span]]) -> None:
+        """These spans of the step that just ran were computed, and the tokens chosen after them added."""
+        ...
+
+    def draft(self, asks: Sequence[tuple[Request, int]]) -> list[Sequence[int]]:
+        """At most so many tokens for each (request, count)."""
+        ...
+
+    def left(self, request: Request) -> None:
+        """The request ended, or gave its pages back for a while."""
+        ...
 
 
 @dataclass
 class _Drafting:
-    """One request's drafter, pace, and the tokens its saved state stands at."""
+    """One request's pace, and the tokens its saved state stands at."""
 
-    drafter: Drafter
     pace: Pace = field(default_factory=Pace)
     saved: int = -1
 
@@ -37,24 +46,32 @@ class Speculation:
     entries of refused ones are overwritten then. Slot i of a sequence has its saved state at `backup` + i.
     """
 
-    def __init__(self, rows: Rows, backup: int, count: int, drafter: Callable[[], Drafter] = NgramDrafter) -> None:
+    def __init__(self, rows: Rows, backup: int, count: int, drafter: Drafter) -> None:
         self.count = count
         self._rows, self._backup, self._drafter = rows, backup, drafter
         self._requests: dict[str, _Drafting] = {}
         self.times = StepTimes()
         self.drafted = self.accepted = self.steps = self.tokens = 0
 
-    def draft(self, request: Request, room: int) -> tuple[int, ...]:
-        """Drafts for a request that decodes, with its state saved; `room` tokens and rows are left in the step."""
-        drafting = self._requests.get(request.id)
-        if drafting is None:
-            drafting = self._requests[request.id] = _Drafting(self._drafter())
+    def wanted(self, request: Request, room: int) -> int:
+        """How many drafts a decoding request may have; `room` tokens and rows are left in the step."""
+        drafting = self._requests.setdefault(request.id, _Drafting())
         count = min(self.count, room, request.max_tokens - request.generated - 1)
-        if request.lag > _LONGEST_REPLAY or count < 1 or drafting.pace.pauses():
-            return ()
-        return tuple(drafting.drafter.draft(request.tokens, count))
+        return 0 if request.lag > _LONGEST_REPLAY or count < 1 or drafting.pace.pauses() else count
 
-    def save(self, request: Request) -> None:
+    def draft(self, asks: Sequence[tuple[Request, int]]) -> list[tuple[int, ...]]:
+        """Drafts for each (request, count); the states of those that have some are saved."""
+        found = [tuple(drafts) for drafts in self._drafter.draft(asks)] if asks else []
+        for (request, _), drafts in zip(asks, found, strict=True):
+            if drafts:
+                self._save(request)
+        return found
+
+    def computed(self, steps: Sequence[tuple[Request, Span]]) -> None:
+        """A step ran, and its tokens were chosen."""
+        self._drafter.computed(steps)
+
+    def _save(self, request: Request) -> None:
         """Remember the state before drafts are computed."""
         drafting = self._requests[request.id]
         assert request.slot is not None
@@ -81,6 +98,7 @@ class Speculation:
     def left(self, request: Request) -> None:
         """The request gave its slot back."""
         request.lag = 0
+        self._drafter.left(request)
         if request.id in self._requests:
             self._requests[request.id].saved = -1
 

@@ -4,6 +4,7 @@
               s (fp8 only): f32 [ceil(N/128), ceil(K/128)], stacked likewise
     vector    w: f32
     channels  w: f32 [W, C], the taps of a convolution
+    rope      w: f32 [R/2 + 1], rotary frequencies and a factor of cos and sin, 1
 """
 
 from __future__ import annotations
@@ -16,13 +17,15 @@ from qcn_compile.errors import LoweringError
 from qcn_compile.ir.encoding import Encoding, Weight, quantize, to_bf16, wide
 from qcn_compile.ir.fp8 import BLOCK
 
-LAYOUTS = ("matrix", "vector", "channels")
+LAYOUTS = ("matrix", "vector", "channels", "rope")
 
 
 def pack(layout: str, encoding: Encoding, weight: Weight) -> dict[str, np.ndarray]:
     """Part name -> flat array."""
     if layout == "vector":
         return {"w": wide(weight).numpy().reshape(-1)}
+    if layout == "rope":
+        return {"w": np.append(wide(weight).numpy().reshape(-1), np.float32(1.0))}
     if layout == "channels":
         return {"w": wide(weight).numpy().T.reshape(-1)}
     if layout != "matrix":
@@ -43,6 +46,8 @@ def sizes(layout: str, encoding: Encoding, shape: tuple[int, ...]) -> dict[str, 
     """Part name -> (element type, bytes) of what `pack` makes of a weight of that shape."""
     if layout in ("vector", "channels"):
         return {"w": ("f32", 4 * prod(shape))}
+    if layout == "rope":
+        return {"w": ("f32", 4 * (prod(shape) + min(prod(shape), 1)))}
     if encoding.format == "bf16":
         return {"w": ("bf16", 2 * prod(shape))}
     blocks = prod(shape[:-2]) * -(-shape[-2] // BLOCK) * -(-shape[-1] // BLOCK)

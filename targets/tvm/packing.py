@@ -8,6 +8,7 @@
         int4 x int8      w [tile, Kp/8, 16, 4]: low nibbles k=8i..8i+3, high 8i+4..8i+7
     rows     embedding table [V, H], f32 or bf16, as it is
     vector   anything, f32, as it is                channels  conv weight [C, W] as f32 [W, C]
+    rope     rotary frequencies, f32, and a factor of cos and sin behind them, 1
 
 N is padded with zero rows to a multiple of 16 (I to a multiple of 8), Kp is K padded to a multiple of 32.
 """
@@ -25,7 +26,7 @@ from qcn_compile.ir.encoding import GROUP, Coded, Encoding, Weight, padded, quan
 
 TILE = 16
 HALF = TILE // 2
-LAYOUTS = ("tiles", "gate_up", "rows", "vector", "channels")
+LAYOUTS = ("tiles", "gate_up", "rows", "vector", "channels", "rope")
 BITS = {"f32": 32, "bf16": 16, "int8": 8, "int4": 4}
 
 
@@ -33,6 +34,8 @@ def pack(layout: str, encoding: Encoding, weight: Weight) -> dict[str, np.ndarra
     """Part name -> flat array. Stacked experts are packed one by one."""
     if layout == "vector":
         return {"w": wide(weight).numpy().reshape(-1)}
+    if layout == "rope":
+        return {"w": np.append(wide(weight).numpy().reshape(-1), np.float32(1.0))}
     if layout == "channels":
         return {"w": wide(weight).numpy().T.reshape(-1)}
     if layout == "rows":
@@ -54,6 +57,8 @@ def sizes(layout: str, encoding: Encoding, shape: tuple[int, ...]) -> dict[str, 
     """Part name -> (element type, bytes) of what `pack` makes of a weight of that shape."""
     if layout in ("vector", "channels"):
         return {"w": ("f32", 4 * prod(shape))}
+    if layout == "rope":
+        return {"w": ("f32", 4 * (prod(shape) + min(prod(shape), 1)))}
     bits = BITS[encoding.format]
     if layout == "rows":
         return {"w": (encoding.format, prod(shape) * bits // 8)}

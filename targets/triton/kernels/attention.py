@@ -8,15 +8,18 @@ from qcn_compile.targets.triton.kernels.common import begin, rounded
 
 @triton.jit
 def rope_table(positions, inv_freq, cos, sin, counts, HALF: tl.constexpr, BH: tl.constexpr, SCALING: tl.constexpr,
-               PDL: tl.constexpr):
-    """cos and sin of position * inv_freq, times SCALING. Grid (T)."""
+               FACTOR: tl.constexpr, PDL: tl.constexpr):
+    """cos and sin of position * inv_freq, times SCALING, and times inv_freq[HALF] with FACTOR. Grid (T)."""
     t = tl.program_id(0)
     i = tl.arange(0, BH)
     begin(PDL)
     if t < tl.load(counts):
         angle = tl.load(positions + t).to(tl.float32) * tl.load(inv_freq + i, mask=i < HALF, other=0.0)
-        tl.store(cos + t * HALF + i, tl.cos(angle) * SCALING, mask=i < HALF)
-        tl.store(sin + t * HALF + i, tl.sin(angle) * SCALING, mask=i < HALF)
+        scale = SCALING
+        if FACTOR:
+            scale = tl.load(inv_freq + HALF) * SCALING
+        tl.store(cos + t * HALF + i, tl.cos(angle) * scale, mask=i < HALF)
+        tl.store(sin + t * HALF + i, tl.sin(angle) * scale, mask=i < HALF)
 
 
 @triton.jit

@@ -24,9 +24,9 @@ KEYS = 64
 
 def rope_table(site: Site) -> list[Call]:
     half = int(site.operand(1).type.shape[0])  # type: ignore[arg-type]
-    return [call("rope_table", [Ref("operand", index=0), site.ref(1), result(0), result(1), COUNTS],
+    return [call("rope_table", [Ref("operand", index=0), site.frequencies(1), result(0), result(1), COUNTS],
                  (site.capacity(site.operand(0).type.shape),), HALF=half, BH=power(half),
-                 SCALING=site.real("scaling"), WARPS=1)]
+                 SCALING=site.real("scaling"), FACTOR=int(site.operand(1).encoding is not None), WARPS=1)]
 
 
 def _heads(site: Site, index: int) -> tuple[int, int]:

@@ -32,13 +32,15 @@ from qcn_compile.targets.tvm.kernels.softmax import STACK, Merge, Softmax, part_
 from qcn_compile.targets.tvm.sizes import KEYS, PARTS
 
 
-def rope_table(symbol: str, m: Machine, *, rows: str, width: int, scaling: float, threads: bool) -> Function:
-    """cos and sin of positions x inv_freq, times scaling. -> [rows, width] each."""
+def rope_table(symbol: str, m: Machine, *, rows: str, width: int, scaling: float, threads: bool,
+               factor: bool) -> Function:
+    """cos and sin [rows, width] of positions x inv_freq, times scaling, and times inv_freq[width] with `factor`."""
     f = Function(symbol, positions="int32", inv_freq="float32", cos="float32", sin="float32", counts="int32")
     with f as a, each("t", count(a, rows), threads) as t, loop("i", width) as i:
         angle = let("angle", T.Cast("float32", a.positions[t]) * a.inv_freq[i])
-        a.cos[t * width + i] = T.cos(angle) * T.float32(scaling)
-        a.sin[t * width + i] = T.sin(angle) * T.float32(scaling)
+        scale = let("scale", a.inv_freq[width] * T.float32(scaling)) if factor else T.float32(scaling)
+        a.cos[t * width + i] = T.cos(angle) * scale
+        a.sin[t * width + i] = T.sin(angle) * scale
     return f
 
 

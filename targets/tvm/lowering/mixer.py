@@ -11,9 +11,9 @@ def rope_table(site: Site) -> list[Call]:
     positions = site.operand(0).type
     rows = site.rows(positions.shape)
     rows.pop("times")
-    return [call("rope_table", [Ref("operand", index=0), site.ref(1), result(0), result(1), COUNTS], **rows,
+    return [call("rope_table", [Ref("operand", index=0), site.frequencies(1), result(0), result(1), COUNTS], **rows,
                  width=int(site.operand(1).type.shape[0]), scaling=site.real("scaling"),  # type: ignore[arg-type]
-                 threads=not site.decode)]
+                 threads=not site.decode, factor=site.operand(1).encoding is not None)]
 
 
 def _heads(site: Site, index: int) -> tuple[int, int]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 
 from qcn_compile.runtime.batch import Capacity
@@ -9,6 +11,8 @@ from qcn_compile.runtime.engine import Engine, EngineConfig
 from qcn_compile.runtime.prefix.cache import PrefixCache
 from qcn_compile.runtime.prefix.policy import SnapshotPolicy
 from qcn_compile.runtime.prefix.rows import CacheRows
+from qcn_compile.runtime.speculation.mtp import MtpDrafter
+from qcn_compile.runtime.speculation.ngram import LookupDrafter
 from qcn_compile.runtime.speculation.speculation import Speculation
 
 VOCAB, PAGE, CONTEXT, OPEN = 64, 4, 240, 63
@@ -38,12 +42,13 @@ class Hashing:
         self.steps += 1
         wanted = sum(s.wanted for s in spans)
         assert any(c.holds(sum(len(s.tokens) for s in spans), len(spans), wanted) for c in self.capacities)
-        rows = []
+        rows, self.after = [], []
         for span in spans:
             state = int(self.states[span.slot]) if span.context else 0
             for place, token in enumerate(span.tokens, span.context):
                 self.kv[span.pages[place // PAGE], place % PAGE] = token
                 state = roll(state, token)
+                self.after.append(state)
                 self.computed += 1
                 if place - span.context >= len(span.tokens) - span.wanted:
                     rows.append(row_of(state))
@@ -56,17 +61,54 @@ class Hashing:
         return np.array(rows, np.float32).reshape(len(rows), VOCAB)
 
 
+class HashingHead(Hashing):
+    """With a draft head that continues the main model's state exactly, from what its own cache says it is.
+
+    `breaks`: pairs in its cache that do not follow from the pair before them.
+    """
+
+    draft_capacities = PLANS
+
+    def __init__(self, pages, slots, capacities=PLANS):
+        super().__init__(pages, slots, capacities)
+        self.pairs = np.zeros((pages, PAGE, 2), np.int64)
+        self.rows = CacheRows([self.kv.view(np.uint8), self.pairs.reshape(pages, -1).view(np.uint8)],
+                              [self.states.reshape(-1, 1).view(np.uint8)])
+        self.breaks = self.drafts = 0
+
+    def hidden(self):
+        return np.array(self.after, np.int64).reshape(-1, 1)
+
+    def draft(self, spans, hidden):
+        wanted = sum(s.wanted for s in spans)
+        assert len(hidden) == sum(len(s.tokens) for s in spans)
+        assert any(c.holds(len(hidden), len(spans), wanted) for c in self.draft_capacities)
+        self.drafts += 1
+        rows, after = [], []
+        for span in spans:
+            for place, token in enumerate(span.tokens, span.context):
+                state = int(hidden[len(after), 0])
+                self.pairs[span.pages[place // PAGE], place % PAGE] = state, token
+                after.append(roll(state, token))
+                if place - span.context >= len(span.tokens) - span.wanted:
+                    rows.append(row_of(after[-1]))
+            pairs = self.pairs[span.pages].reshape(-1, 2)[:span.context + len(span.tokens)].tolist()
+            self.breaks += sum(roll(*old) != new[0] for old, new in pairwise(pairs))
+        return np.array(rows, np.float32).reshape(len(rows), VOCAB), np.array(after, np.int64).reshape(-1, 1)
+
+
 def policy(**fields):
     usual = {"page_size": PAGE, "openers": frozenset({OPEN}), "message_gap": 4, "chunk_gap": 8}
     return SnapshotPolicy(**{**usual, **fields})
 
 
 def engine(pages=400, slots=8, snapshots=200, host=1 << 20, files=None, rules=None, eos=frozenset({0}), plans=PLANS,
-           drafter=None, drafts=4, **fields):
-    """An engine with a prefix cache; `snapshots` None: without one. With a drafter, one that speculates."""
+           drafter=None, drafts=4, head=False, **fields):
+    """An engine with a prefix cache; `snapshots` None: without one. Speculates with a drafter or a draft head."""
     base = slots + (snapshots or 0)
-    runner = Hashing(pages, base + slots, plans)
-    speculation = None if drafter is None else Speculation(runner.rows, base, drafts, drafter)
+    runner = (HashingHead if head else Hashing)(pages, base + slots, plans)
+    guess = MtpDrafter(runner) if head else LookupDrafter(drafter)
+    speculation = Speculation(runner.rows, base, drafts, guess) if head or drafter else None
     config = EngineConfig(VOCAB, PAGE, CONTEXT, pages, slots, eos, **fields)
     made = None
     if snapshots is not None:

@@ -139,22 +139,82 @@ def test_loaded_builds_speculate(toy_build, model):
             fast.check_integrity()
 
 
+@pytest.mark.parametrize("setting", SETTINGS, ids=str)
+def test_random_requests_get_the_tokens_of_a_plain_engine_with_a_draft_head(setting):
+    rng = random.Random(4)
+    e, plain = engine(head=True, **setting), engine(snapshots=None)
+    got, jobs, aborted = {}, {}, set()
+    for i, job in enumerate(jobs_of(rng, 20)):
+        jobs[e.add_request(*job, f"job-{i}")] = job
+        while rng.random() < 0.8:
+            collect(e.step(), got)
+            e.check_integrity()
+        if rng.random() < 0.1:
+            name = rng.choice(list(jobs))
+            aborted |= {name} if e.abort(name) else set()
+    finish(e, got)
+    for name, job in jobs.items():
+        want, mine = answer(plain, *job)[0], got.get(name, ([],))[0]
+        assert mine == (want[:len(mine)] if name in aborted else want)
+    assert e.pages.used == 0 and not e.speculation._drafter._requests and e.runner.drafts > 20
+
+
+@pytest.mark.parametrize("setting", [{}, {"slots": 2}, {"prefill_chunk": 3}, {"pages": 61, "slots": 5}], ids=str)
+def test_the_heads_cache_holds_what_came_true(setting):
+    """Every pair follows from the one before it: replays, refusals and preemptions leave no wrong one behind."""
+    e = engine(head=True, snapshots=None, eos=frozenset(), **setting)
+    rng = random.Random(1)
+    for i in range(12):
+        prompt = [rng.randrange(1, VOCAB) for _ in range(rng.randint(1, 150))]
+        e.add_request(prompt, SamplingParams(temperature=rng.choice([0, 0.5]), seed=i, max_tokens=rng.randint(5, 60)))
+    finish(e)
+    assert e.runner.breaks == 0 and e.speculation.accepted > 50
+
+
+def test_a_head_that_is_right_is_always_accepted():
+    e = engine(head=True, snapshots=None, eos=frozenset(), drafts=3)
+    e.speculation.times.ratio = lambda sequences: 1.0
+    e.add_request([5, 6, 7], SamplingParams(temperature=0, max_tokens=41))
+    finish(e)
+    assert e.speculation.drafted == e.speculation.accepted == 30 and e.runner.steps == 11
+
+
+def test_states_wait_while_drafting_pauses_and_are_read_later():
+    e = engine(head=True, snapshots=None, eos=frozenset(), drafts=3)
+    e.speculation.times.ratio = lambda sequences: 1.0
+    e.add_request([5, 6, 7], SamplingParams(temperature=0, max_tokens=200))
+    for _ in range(3):
+        e.step()
+    e.speculation._requests["request-0"].pace.pause = 90
+    for _ in range(89):
+        e.step()
+    assert e.runner.drafts < 10
+    finish(e)
+    assert e.runner.breaks == 0 and e.speculation.drafted == e.speculation.accepted > 60
+
+
 def test_flags(toy_build, capsys):
     def options(*flags):
         return speculation_options(parser().parse_args(["build", "--chat", *flags]))
 
-    assert options() is None and options("--speculative-algorithm", "NGRAM") == SpeculationOptions(4)
-    assert options("--speculative-algorithm", "ngram", "--speculative-num-draft-tokens", "7").drafts == 7
-    assert options("--speculative-algorithm", "ngram", "--speculative-num-steps", "2").drafts == 2
-    for flags, words in [(("--speculative-algorithm", "EAGLE"), "MTP head is not built yet"),
-                         (("--speculative-algorithm", "x"), "unknown; use ngram"),
-                         (("--speculative-num-draft-tokens", "3"), "needs --speculative-algorithm"),
+    assert options() is None and options("--speculative-algorithm", "NGRAM") == SpeculationOptions()
+    steps, tokens = "--speculative-num-steps", "--speculative-num-draft-tokens"
+    for name, flags, algorithm, count in [
+            ("ngram", (), "ngram", 4), ("ngram", (tokens, "7"), "ngram", 7), ("ngram", (steps, "2"), "ngram", 2),
+            ("mtp", (), "mtp", 3), ("EAGLE", (steps, "3", tokens, "4"), "mtp", 3), ("NEXTN", (tokens, "3"), "mtp", 2)]:
+        found = options("--speculative-algorithm", name, *flags)
+        assert (found.algorithm, found.count) == (algorithm, count)
+    for flags, words in [(("--speculative-algorithm", "x"), "unknown; use mtp"),
+                         (("--speculative-num-draft-tokens", "3"), "need --speculative-algorithm"),
+                         (("--speculative-algorithm", "mtp", "--speculative-num-draft-tokens", "1"), "from 1 to"),
                          (("--speculative-algorithm", "ngram", "--speculative-num-draft-tokens", "0"), "from 1 to")]:
         with pytest.raises(UsageError, match=words):
             options(*flags)
     assert main([str(toy_build), "--prompt", "x x x x", "--max-tokens", "9", "--speculative-algorithm", "ngram",
                  "--verbose", "--temperature", "0", "--threads", "1"]) == 0
     assert "drafts accepted" in capsys.readouterr().err
+    assert main([str(toy_build), "--prompt", "x", "--speculative-algorithm", "mtp", "--threads", "1"]) == 2
+    assert "has no MTP head" in capsys.readouterr().err
 
 
 def test_ngrams_on_repetitive_text():
