@@ -139,7 +139,8 @@ def parse_overrides(text: str) -> dict[str, Any]:
 def _scaling(given: Mapping[str, Any], merged: Mapping[str, Any]) -> dict[str, Any]:
     """rope_type and its parameters, by any of the names they have; an override comes before the config."""
     names = ("rope_scaling", "rope_parameters")
-    found: Any = next((given[n] for n in names if n in given), None) or next((merged[n] for n in names if merged.get(n)), {})
+    wanted = [given[name] for name in names if name in given] + [merged[name] for name in names if merged.get(name)]
+    found: Any = next((entry for entry in wanted if entry), {})
     if not isinstance(found, dict):
         raise UsageError(f"{FLAG} rope_scaling: must be a JSON object with rope_type and its parameters")
     scaling = dict(found)
