@@ -22,7 +22,7 @@ VIEWS = {
     "decisions": "what was chosen, how each weight is stored, what was not done, and why",
     "passes": "ops before and after each pass, what it did and what it did not",
     "verify": "check every file against its hash, read every plan and graph",
-    "profile": "run 32 decode steps and time each op",
+    "profile": "run a prompt and 32 steps, time each op, measure the machine's limits",
 }
 OTHERS = ("diff", "targets")
 
@@ -36,10 +36,13 @@ def parser() -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text)
         sub.add_argument("build", type=Path, help="directory written by qcn-compile")
         sub.add_argument("--json", action="store_true", help="print the data as JSON")
+        if name in ("summary", "kernels"):
+            sub.add_argument("--profile", type=Path, metavar="FILE",
+                             help="measured times: what `qcn-inspect profile BUILD --json` printed")
+        if name == "kernels":
+            sub.add_argument("--source", metavar="KERNEL", help="print the source of the kernel whose name begins so")
         if name == "summary":
             sub.add_argument("--html", type=Path, metavar="FILE", help="write a self-contained page about the build")
-            sub.add_argument("--profile", type=Path, metavar="FILE",
-                             help="measured times for the page: what `qcn-inspect profile BUILD --json` printed")
     sub = commands.add_parser("diff", help="what differs between two builds")
     sub.add_argument("build", type=Path)
     sub.add_argument("other", type=Path)
@@ -62,7 +65,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             write_page(Build.open(args.build), args.html, args.profile)
             print(f"wrote {args.html}", file=sys.stderr)
-        text = json.dumps(data, indent=1) if args.json else "\n".join(getattr(show, args.command)(data))
+        if isinstance(data, str):
+            text = data.rstrip()
+        else:
+            text = json.dumps(data, indent=1) if args.json else "\n".join(getattr(show, args.command)(data))
         print(text)
         return 0
     except QcnError as error:
@@ -84,9 +90,12 @@ def _data(args: argparse.Namespace) -> Any:
     if args.command == "diff":
         return views.diff(build, Build.open(args.other))
     if args.command == "kernels":
-        from qcn_compile.inspect.kernels import kernels
+        from qcn_compile.inspect import profile
+        from qcn_compile.inspect.kernels import kernels, text_of
 
-        return kernels(build)
+        if args.source is not None:
+            return text_of(build, args.source)
+        return kernels(build, profile.read(args.profile) if args.profile else None)
     return getattr(views, args.command)(build)
 
 

@@ -9,24 +9,40 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from qcn_compile.errors import UsageError
 from qcn_compile.inspect.build import Build
+from qcn_compile.inspect.profile import Measured
+from qcn_compile.inspect.roof import least_seconds, roof
 from qcn_compile.inspect.sass import gpu_code
 
 HEAD = re.compile(r"^([0-9a-f]+) <(.+)>:$")
 LINE = re.compile(r"^\s+([0-9a-f]+):\s+(?:[0-9a-f]{2} )*\s*(\S+)(?:\s+(.*))?$")
 
 
-def kernels(build: Build) -> list[dict[str, Any]]:
-    """One row a kernel, by bytes moved in all plans. `code` is absent when there is no objdump or no CPU code."""
+def kernels(build: Build, measured: Measured | None = None) -> list[dict[str, Any]]:
+    """One row a kernel, by bytes moved in all plans. `code` is absent when there is no objdump or no CPU code.
+
+    predicted, measured: seconds of a launch by plan; the first from bytes, FLOPs and the
+    limits of the hardware where they are known, the second from a profile.
+    """
     table: dict[str, dict[str, Any]] = {}
+    limits, spent = roof(build, measured), measured.kernel_seconds() if measured else {}
     for plan in build.plans:
         for launch in plan.launches:
-            row = table.setdefault(launch.kernel, {"kernel": launch.kernel, "ops": [], "launches": {}, "bytes": {}})
+            row = table.setdefault(launch.kernel, {"kernel": launch.kernel, "ops": [], "launches": {}, "bytes": {},
+                                                   "flops": {}, "predicted": {}, "measured": {}})
             name = f"{plan.entry}-{plan.name}"
             row["launches"][name] = row["launches"].get(name, 0) + 1
             row["bytes"][name] = row["bytes"].get(name, 0) + launch.bytes
+            row["flops"][name] = row["flops"].get(name, 0) + launch.flops
             if (op := launch.op.split()[0]) not in row["ops"]:
                 row["ops"].append(op)
+    for row in table.values():
+        for name, count in row["launches"].items():
+            if limits is not None and row["bytes"][name]:
+                row["predicted"][name] = least_seconds(row["bytes"][name], row["flops"][name], limits) / count
+            if (name, row["kernel"]) in spent:
+                row["measured"][name] = spent[name, row["kernel"]]
     code, gpu = instructions(build, list(table)), gpu_code(build)
     for name, row in table.items():
         row["source"] = source(build, name)
@@ -34,6 +50,19 @@ def kernels(build: Build) -> list[dict[str, Any]]:
             row["code"] = code[name]
         row |= gpu.get(name, {})
     return sorted(table.values(), key=lambda row: -max(row["bytes"].values()))
+
+
+def text_of(build: Build, kernel: str) -> str:
+    """The source of the kernel whose name begins so. Raises UsageError when there are none or several."""
+    names = sorted({x.kernel for plan in build.plans for x in plan.launches if x.kernel.startswith(kernel)})
+    if kernel not in names and len(names) != 1:
+        raise UsageError(f"--source {kernel}: {'no kernel begins so' if not names else 'several kernels begin so'}"
+                         f"{': ' + ', '.join(names[:8]) if names else ''}; qcn-inspect kernels {build.path} lists them")
+    name = kernel if kernel in names else names[0]
+    path = source(build, name) or str(gpu_code(build).get(name, {}).get("source", ""))
+    if not path:
+        raise UsageError(f"--source {kernel}: the build keeps no source of it; it was built for the null target")
+    return (build.path / path).read_text(encoding="utf-8")
 
 
 def source(build: Build, kernel: str) -> str:

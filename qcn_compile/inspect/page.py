@@ -10,6 +10,9 @@ from qcn_compile.artifact import Plan
 from qcn_compile.errors import UsageError
 from qcn_compile.inspect import profile, views
 from qcn_compile.inspect.build import Build
+from qcn_compile.inspect.kernels import kernels
+from qcn_compile.inspect.profile import Measured
+from qcn_compile.inspect.roof import roof
 from qcn_compile.ir.graph import Graph, Op
 from qcn_compile.ir.view import bytes_of, critical_path, digraph, is_static, layers
 
@@ -19,7 +22,7 @@ LARGEST = 2500  # ops of a traced graph that are still drawn
 
 def write_page(build: Build, file: Path, measured: Path | None = None) -> None:
     """Write the page. `measured`: a profile as `qcn-inspect profile --json` prints it. Raises UsageError."""
-    data = page_data(build, profile.read(measured) if measured else [])
+    data = page_data(build, profile.read(measured) if measured else Measured())
     text = json.dumps(data, separators=(",", ":")).replace("</", "<\\/")
     try:
         file.write_text(TEMPLATE.read_text(encoding="utf-8").replace("/*DATA*/null", text), encoding="utf-8")
@@ -27,7 +30,7 @@ def write_page(build: Build, file: Path, measured: Path | None = None) -> None:
         raise UsageError(f"cannot write {file}: {error.strerror}; name another file") from None
 
 
-def page_data(build: Build, measured: list[dict[str, Any]]) -> dict[str, Any]:
+def page_data(build: Build, measured: Measured) -> dict[str, Any]:
     """Everything the page draws."""
     stages = build.stages()
     before = build.graph("00-traced") if "00-traced" in stages else None
@@ -35,12 +38,13 @@ def page_data(build: Build, measured: list[dict[str, Any]]) -> dict[str, Any]:
     old = {op.name for op in before.ops} if before is not None else set()
     graphs = {"final": drawn(after, build.plans[0] if build.plans else None, old, measured)}
     if before is not None and len(before.ops) <= LARGEST:
-        graphs["as traced"] = drawn(before, None, old, [])
+        graphs["as traced"] = drawn(before, None, old, Measured())
     return {"summary": views.summary(build), "passes": views.passes(build), "decisions": views.decisions(build),
-            "memory": views.memory(build), "graphs": graphs, "roof": roof(build), "ops": points(build, measured)}
+            "memory": views.memory(build), "graphs": graphs, "roof": roof(build, measured),
+            "ops": points(build, measured), "kernels": kernels(build, measured)}
 
 
-def drawn(graph: Graph, plan: Plan | None, old: set[str], measured: list[dict[str, Any]]) -> dict[str, Any]:
+def drawn(graph: Graph, plan: Plan | None, old: set[str], measured: Measured) -> dict[str, Any]:
     """Nodes with a place and edges. A column is a layer of the model, a row a step of the longest way through it."""
     view, sizes = digraph(graph), {"T": 1, "S": 1, "R": 1}
     view.remove_nodes_from([n for n, op in view.nodes(data="op") if is_static(op)])
@@ -52,7 +56,7 @@ def drawn(graph: Graph, plan: Plan | None, old: set[str], measured: list[dict[st
             for n, depth in layers(view.subgraph([m for m in columns if columns[m] == column])).items()}
     taken: dict[tuple[int, int], int] = {}
     nodes = []
-    times = _times(plan, measured)
+    times = measured.op_seconds(f"{plan.entry}-{plan.name}") if plan else {}
     for n, op in view.nodes(data="op"):
         place = (columns[n], rows[n])
         taken[place] = taken.get(place, -1) + 1
@@ -99,16 +103,11 @@ def _work(plan: Plan | None) -> dict[str, dict[str, Any]]:
     return table
 
 
-def _times(plan: Plan | None, measured: list[dict[str, Any]]) -> dict[tuple[str, ...], float]:
-    name = f"{plan.entry}-{plan.name}" if plan else ""
-    return {tuple(row["kernels"]): row["seconds"] / row["calls"] for row in measured if row["plan"] == name}
-
-
-def points(build: Build, measured: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+def points(build: Build, measured: Measured) -> dict[str, list[dict[str, Any]]]:
     """Per plan, one point for each kind of op and kernels: calls, bytes and FLOPs of a call, measured seconds."""
     result: dict[str, list[dict[str, Any]]] = {}
     for plan in build.plans:
-        times = _times(plan, measured)
+        times = measured.op_seconds(f"{plan.entry}-{plan.name}")
         rows: dict[Any, dict[str, Any]] = {}
         for row in _work(plan).values():
             key = (row["op"], row["kernels"])
@@ -117,16 +116,3 @@ def points(build: Build, measured: list[dict[str, Any]]) -> dict[str, list[dict[
             entry["calls"] += 1
         result[f"{plan.entry}-{plan.name}"] = list(rows.values())
     return result
-
-
-def roof(build: Build) -> dict[str, Any] | None:
-    """Bandwidth in GB/s and GFLOP/s of the build's hardware, when both are known."""
-    from qcn_compile.targets.spec import catalogue
-
-    target = build.manifest.target
-    for name in (target.get("mcpu"), target.get("name")):
-        chip = catalogue().get(str(name))
-        if chip is not None and chip.bandwidth is not None and chip.flops is not None:
-            return {"name": chip.name, "bandwidth": chip.bandwidth.value, "flops": chip.flops.value,
-                    "source": f"{chip.bandwidth.source}; {chip.flops.source}"}
-    return None

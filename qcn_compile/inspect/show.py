@@ -53,7 +53,7 @@ def ops(data: dict[str, Any]) -> Iterator[str]:
 def kernels(data: list[dict[str, Any]]) -> Iterator[str]:
     """A kernel a line, its source below."""
     yield (f"{'code':>9} {'instr':>6} {'vector':>7} {'fma':>5} {'mem':>5} {'branch':>6} {'call':>5} {'bits':>5} "
-           f"{'moved':>10}  kernel (ops); an op's bytes count at its first kernel")
+           f"{'moved':>10}  kernel (ops); weights count at the kernel that reads them, the rest at the op's first")
     for row in data:
         code = row.get("code")
         if code is not None and "widest" not in code:
@@ -63,8 +63,7 @@ def kernels(data: list[dict[str, Any]]) -> Iterator[str]:
             f"{size(code['bytes']):>9} {code['instructions']:6} {code['vector'] / max(code['instructions'], 1):7.0%} "
             f"{code['fma']:5} {code['memory']:5} {code['branches']:6} {code['calls']:5} {code['widest']:5} ")
         yield f"{numbers}{size(max(row['bytes'].values())):>10}  {row['kernel']} ({', '.join(row['ops'])})"
-        if row["source"]:
-            yield f"{'':67}{row['source']}"
+        yield from (f"{'':67}{line}" for line in (row["source"], _times(row)) if line)
 
 
 def _gpu_kernel(row: dict[str, Any]) -> Iterator[str]:
@@ -72,7 +71,15 @@ def _gpu_kernel(row: dict[str, Any]) -> Iterator[str]:
     facts = ", ".join(f"{key} {value}" for key, value in row["code"].items() if key != "bytes")
     moved = size(max(row["bytes"].values()))
     yield f"{size(row['code']['bytes']):>9} {moved:>10}  {row['kernel']} ({', '.join(row['ops'])})"
-    yield f"{'':22}{row['source']}: {facts}"
+    yield from (f"{'':22}{line}" for line in (f"{row['source']}: {facts}", _times(row)) if line)
+
+
+def _times(row: dict[str, Any]) -> str:
+    """Predicted and measured microseconds of a launch, plan by plan, as far as they are known."""
+    names = [name for name in row["launches"] if name in row["measured"] or name in row["predicted"]]
+    known = {name: [f"{word} {1e6 * row[word][name]:.2f}" for word in ("predicted", "measured") if name in row[word]]
+             for name in names}
+    return "us a launch: " + "; ".join(f"{name} {', '.join(words)}" for name, words in known.items()) if known else ""
 
 
 def memory(data: dict[str, Any]) -> Iterator[str]:
@@ -156,9 +163,12 @@ def verify(data: dict[str, Any]) -> Iterator[str]:
            f"{len(data['graphs'])} graphs read")
 
 
-def profile(data: list[dict[str, Any]]) -> Iterator[str]:
+def profile(data: dict[str, Any]) -> Iterator[str]:
     """Measured time of each op, slowest first within its plan."""
-    for row in data:
+    if data["limits"]:
+        read, flops = data["limits"]["read"], data["limits"]["flops"]
+        yield f"limits measured now: read {read:.1f} GB/s, products {flops:.0f} GFLOP/s"
+    for row in data["rows"]:
         speed = row["bytes"] / row["seconds"] / 1e9 if row["seconds"] else 0.0
         more = f" and {len(row['kernels']) - 1} more" if len(row["kernels"]) > 1 else ""
         yield (f"{row['plan']:18} {row['op']:18} {row['calls']:6} calls {1e6 * row['seconds'] / row['calls']:9.2f} "

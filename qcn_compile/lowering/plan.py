@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import accumulate, groupby, pairwise
 from typing import Any
 
 from qcn_compile.artifact import Arg, Launch, Plan, Route
@@ -11,7 +12,7 @@ from qcn_compile.ir.encoding import Encoding
 from qcn_compile.ir.graph import Graph, Op, Value
 from qcn_compile.ir.types import StateRef
 from qcn_compile.lowering.memory import Buffer, Key, assign, liveness
-from qcn_compile.lowering.schedule import Schedule, encoding_of, row_width, work
+from qcn_compile.lowering.schedule import Schedule, encoding_of, row_width, weight_bytes, work
 from qcn_compile.lowering.weights import BlobKey
 from qcn_compile.targets.base import Ref
 
@@ -42,17 +43,33 @@ def make_plan(schedule: Schedule, names: Mapping[BlobKey, str]) -> tuple[Plan, l
     buffers = liveness(schedule)
     total = assign(buffers)
     offsets = {buffer.key: buffer.offset for buffer in buffers}
-    launches, seen = [], None
-    for step in schedule.steps:
+    launches = []
+    for step, (bytes_, flops) in zip(schedule.steps, _works(schedule), strict=True):
         args = tuple(_argument(schedule, step.op, ref, offsets, names) for ref in step.call.args)
-        bytes_, flops = work(step.op, schedule.graph.states, schedule.bucket) if step.op is not seen else (0, 0)
-        seen = step.op
         launches.append(Launch(step.call.kernel.symbol, args, f"{step.op.name} %{step.op.results[0].name}",
                                str(step.op.loc), bytes_, flops, step.call.grid))
     bucket = schedule.bucket
     plan = Plan(schedule.graph.name, bucket.name, bucket.tokens, bucket.sequences, bucket.rows, total,
                 tuple(launches), _outputs(schedule.graph, schedule, offsets), _routes(schedule, offsets))
     return plan, buffers
+
+
+def _works(schedule: Schedule) -> Iterator[tuple[int, int]]:
+    """(bytes, FLOPs) of each launch. In an op that mostly reads weights, each counts at the launch that reads it, and
+    FLOPs follow them; what is left, and all of other ops, counts at the op's first launch."""
+    for op, group in groupby(schedule.steps, key=lambda step: step.op):
+        bytes_, flops = work(op, schedule.graph.states, schedule.bucket)
+        seen: set[int] = set()
+        read = []
+        for step in group:
+            own = {ref.index for ref in step.call.args if ref.kind == "blob"} - seen
+            read.append(sum(weight_bytes(op, index, schedule.bucket) for index in own))
+            seen |= own
+        if 2 * sum(read) <= bytes_:
+            read = [0] * len(read)
+        ends = [flops * part // sum(read) for part in accumulate(read)] if sum(read) else [flops] * len(read)
+        counted = [end - start for start, end in pairwise([0, *ends])]
+        yield from zip([bytes_ - sum(read[1:]), *read[1:]], counted, strict=True)
 
 
 def _routes(schedule: Schedule, offsets: Mapping[Key, int]) -> tuple[Route, ...]:

@@ -122,6 +122,17 @@ def work(op: Op, states: dict[str, StateType], bucket: Bucket) -> tuple[int, int
     return bytes_ + _state_traffic(op, states, bucket), cost.flops
 
 
+def weight_bytes(op: Op, index: int, bucket: Bucket) -> int:
+    """Bytes of a weight operand that an op reads at the bucket's capacity, as it is stored."""
+    value, spec = op.operands[index], row(op.name)
+    if value is None:
+        return 0
+    share = spec.touched([v.type if v else None for v in op.operands], bucket.sizes) if spec.touched else {}
+    encoding, full = encoding_of(value), value.tensor.bytes()
+    stored = full if encoding is None else stored_fraction(encoding) * full * 32 / value.tensor.dtype.bits
+    return int(stored * share.get(index, 1.0))
+
+
 def _state_traffic(op: Op, states: dict[str, StateType], bucket: Bucket) -> int:
     """Bytes of per-sequence states an op reads and writes; KV pages depend on the context and are not counted."""
     total = 0
