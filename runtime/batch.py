@@ -45,13 +45,18 @@ class InputArrays:
     """The arrays of `artifact.INPUTS`, allocated once at the largest capacity and rewritten each step."""
 
     def __init__(self, capacities: Sequence[Capacity], table_width: int) -> None:
+        self._width = table_width
+        sizes = self.sizes(capacities, table_width)
+        self.arrays = {name: allocate(4 * size).view(np.int32) for name, size in sizes.items()}
+
+    @staticmethod
+    def sizes(capacities: Sequence[Capacity], table_width: int) -> dict[str, int]:
+        """Array -> its numbers."""
         tokens = max(c.tokens for c in capacities)
         sequences = max(c.sequences for c in capacities)
-        self._width = table_width
-        sizes = {"counts": 4, "tokens": tokens, "positions": tokens, "token_seq": tokens, "cu_seqlens": sequences + 1,
+        return {"counts": 4, "tokens": tokens, "positions": tokens, "token_seq": tokens, "cu_seqlens": sequences + 1,
                  "context_lens": sequences, "slots": sequences, "block_table": sequences * table_width,
                  "rows": max(c.rows for c in capacities)}
-        self.arrays = {name: allocate(4 * size).view(np.int32) for name, size in sizes.items()}
 
     def fill(self, spans: Sequence[Span]) -> int:
         """Write a step that is known to fit. Returns R, the number of wanted rows."""

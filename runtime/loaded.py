@@ -69,7 +69,7 @@ def load(build: str | PathLike[str], *, context_length: int | None = None, max_r
     if manifest.target.get("kind") == "gpu":
         checkpoint = None if model is None else Path(model)
         device, executable, memory = open_cuda(path, manifest, context_length, max_running_requests, cache_memory,
-                                               checkpoint, report)
+                                               checkpoint, report, prefix, speculation is not None)
     else:
         memory = plan_memory(manifest, context_length, max_running_requests, cache_memory, prefix,
                              speculation is not None)
@@ -110,9 +110,8 @@ class Model:
         self.defaults = GenerationDefaults(frozenset(), {}) if self._tokenizer is None else self._tokenizer.defaults
         config = EngineConfig(manifest.vocab_size, memory.page_size, memory.context_length, memory.pages, memory.slots,
                               self.defaults.eos_token_ids, prefill_chunk)
-        rows = executable.rows if isinstance(executable, Executable) else None
         self.engine = Engine(executable, _no_text if self._tokenizer is None else self._tokenizer.token_bytes, config,
-                             prefix_cache(build, prefix, memory, rows, self._tokenizer),
+                             prefix_cache(build, prefix, memory, executable.rows, self._tokenizer),
                              _speculation(speculation, memory, executable))
         self._sequences = RaggedSequences(executable, self.engine)
         self._streams: WeakValueDictionary[str, Stream] = WeakValueDictionary()
@@ -268,13 +267,14 @@ def _speculation(options: SpeculationOptions | None, memory: MemoryPlan,
                  executable: Executable | CudaExecutable) -> Speculation | None:
     if options is None:
         return None
-    if not isinstance(executable, Executable):
-        raise UsageError("--speculative-algorithm: not built yet for GPU builds")
+    if options.algorithm == MTP and not isinstance(executable, Executable):
+        raise UsageError("--speculative-algorithm mtp: not built yet for GPU builds; use ngram")
     if options.algorithm == MTP and not executable.draft_capacities:
         raise UsageError("--speculative-algorithm mtp: this build has no MTP head. If its checkpoint has one "
                          "(Qwen3-Next-80B-A3B has, Qwen3-Coder-Next ships none), build again with qcn-compile --mtp; "
                          "otherwise use --speculative-algorithm ngram")
-    drafter = MtpDrafter(executable) if options.algorithm == MTP else LookupDrafter()
+    mtp = options.algorithm == MTP and isinstance(executable, Executable)
+    drafter = MtpDrafter(executable) if mtp else LookupDrafter()  # type: ignore[arg-type]
     return Speculation(executable.rows, memory.slots + memory.snapshots, options.count, drafter)
 
 

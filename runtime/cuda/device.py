@@ -54,6 +54,7 @@ class CudaDevice:
         self.name = call("cuDeviceGetName", 128, self._device).split(b"\0")[0].decode()
         self._check(target)
         self.stream = call("cuStreamCreate", NON_BLOCKING)
+        self._widest = self._attribute("MAX_PITCH")
         self._functions: dict[str, Function] = {}
         self._allocated: list[Any] = []
         self._pinned: list[int] = []
@@ -87,6 +88,11 @@ class CudaDevice:
         self._allocated.append(pointer)
         return int(pointer)
 
+    def free(self, pointer: int) -> None:
+        """Give one allocation back before the device closes."""
+        place = next(i for i, taken in enumerate(self._allocated) if int(taken) == pointer)
+        self.driver("cuMemFree", self._allocated.pop(place))
+
     def pinned(self, nbytes: int) -> np.ndarray:
         """Host memory, u8, that copies to and from the device without a detour."""
         pointer = int(self.driver("cuMemHostAlloc", max(nbytes, 64), 0))
@@ -104,6 +110,25 @@ class CudaDevice:
     def download_soon(self, data: np.ndarray, source: int) -> None:
         """Device memory to a pinned array, in the stream."""
         self.driver("cuMemcpyDtoHAsync", data.ctypes.data, source, data.nbytes, self.stream)
+
+    def copy_rows(self, to: int, to_pitch: int, source: int, pitch: int, width: int, rows: int, way: str) -> None:
+        """`rows` times `width` bytes, each `pitch` further, in the stream. way: HtoD, DtoH (pinned) or DtoD."""
+        if max(to_pitch, pitch) > self._widest:
+            for row in range(rows):
+                self.driver(f"cuMemcpy{way}Async", to + row * to_pitch, source + row * pitch, width, self.stream)
+            return
+        api = self.driver.api
+        copy, kinds = api.CUDA_MEMCPY2D(), api.CUmemorytype
+        if way[0] == "H":
+            copy.srcMemoryType, copy.srcHost = kinds.CU_MEMORYTYPE_HOST, source
+        else:
+            copy.srcMemoryType, copy.srcDevice = kinds.CU_MEMORYTYPE_DEVICE, source
+        if way[-1] == "H":
+            copy.dstMemoryType, copy.dstHost = kinds.CU_MEMORYTYPE_HOST, to
+        else:
+            copy.dstMemoryType, copy.dstDevice = kinds.CU_MEMORYTYPE_DEVICE, to
+        copy.srcPitch, copy.dstPitch, copy.WidthInBytes, copy.Height = pitch, to_pitch, width, rows
+        self.driver("cuMemcpy2DAsync", copy, self.stream)
 
     def synchronize(self) -> None:
         """Wait for everything in the stream."""

@@ -15,19 +15,29 @@ from qcn_compile.errors import ArtifactError, CapacityError, DeviceError
 from qcn_compile.runtime.batch import Capacity, InputArrays, Span, demand
 from qcn_compile.runtime.choice import Pick
 from qcn_compile.runtime.cuda.device import ALIGNMENT, CudaDevice, Prepared
+from qcn_compile.runtime.cuda.footprint import (
+    RESERVE,
+    cache_groups,
+    fixed_bytes,
+    footprint,
+    input_sizes,
+    offsets,
+    pitch,
+)
+from qcn_compile.runtime.cuda.rows import CudaRows, Group
 from qcn_compile.runtime.cuda.sampling import WIDTH, SlotArrays, write_choice
-from qcn_compile.runtime.cuda.weights import DeviceWeights, total_bytes
+from qcn_compile.runtime.cuda.weights import DeviceWeights
 from qcn_compile.runtime.executable import Plans
-from qcn_compile.runtime.memory import MemoryPlan, page_part_bytes, plan_memory
+from qcn_compile.runtime.memory import MemoryPlan, plan_memory
+from qcn_compile.runtime.prefix.options import PrefixOptions
 from qcn_compile.runtime.weights import Report
 
-LINE = 256
-RESERVE = 1 << 30  # of device memory: graphs, modules, and what other processes of a desktop take
 KERNELS = "kernels"
 
 
 def open_cuda(build: Path, manifest: Manifest, context_length: int | None, max_running: int, budget: int | None,
-              model: Path | None = None, report: Report | None = None) -> tuple[CudaDevice, CudaExecutable, MemoryPlan]:
+              model: Path | None = None, report: Report | None = None, prefix: PrefixOptions | None = None,
+              speculate: bool = False) -> tuple[CudaDevice, CudaExecutable, MemoryPlan]:
     """The first visible GPU with a build loaded. `budget` bytes for caches; None: what the weights leave.
 
     Raises ArtifactError for another card's build, CapacityError when the weights or one context do not fit.
@@ -35,12 +45,14 @@ def open_cuda(build: Path, manifest: Manifest, context_length: int | None, max_r
     device = CudaDevice(manifest.target)
     try:
         plans = [read_plan(build, name) for name in manifest.plans]
-        fixed = total_bytes(build, manifest.weights) + max(p.workspace_bytes for p in plans) + RESERVE
+        fixed = RESERVE + sum(fixed_bytes(build, manifest, plans, context_length or manifest.context_length,
+                                          max_running).values())
         free = device.free_bytes()
         if fixed > free:
             raise CapacityError(f"{device.name} has {free / 1e9:.1f} GB free, weights and workspace need "
                                 f"{fixed / 1e9:.1f} GB; end other programs that use it, or build with --quant fp8")
-        memory = plan_memory(manifest, context_length, max_running, min(budget or free, free - fixed))
+        memory = plan_memory(manifest, context_length, max_running, min(budget or free, free - fixed), prefix,
+                             speculate)
         weights = DeviceWeights(build, manifest.weights, device, model, report)
         return device, CudaExecutable(build, manifest, device, weights, memory), memory
     except Exception:
@@ -56,8 +68,8 @@ class Stage:
 
     def __init__(self, device: CudaDevice, plans: Sequence[Plan], width: int) -> None:
         self.arrays = {plan.name: _inputs(plan, width) for plan in plans}
-        self.offsets = {name: _offsets(inputs) for name, inputs in self.arrays.items()}
-        self.nbytes = max(offsets["end"] for offsets in self.offsets.values())
+        self.offsets = {plan.name: offsets(plan, width) for plan in plans}
+        self.nbytes = max(places["end"] for places in self.offsets.values())
         block = device.pinned(self.nbytes)
         block[:] = 0
         for name, inputs in self.arrays.items():
@@ -76,17 +88,8 @@ class Stage:
 
 def _inputs(plan: Plan, width: int) -> InputArrays:
     inputs = InputArrays([Capacity(plan.tokens, plan.sequences, plan.rows)], width)
-    inputs.arrays["choice"] = np.zeros(plan.rows * WIDTH, np.int32)
+    inputs.arrays = {name: np.zeros(size, np.int32) for name, size in input_sizes(plan, width).items()}
     return inputs
-
-
-def _offsets(inputs: InputArrays) -> dict[str, int]:
-    """Array -> where it starts, and `end`."""
-    offsets, at = {}, 0
-    for name in sorted(inputs.arrays, key=lambda name: name == "block_table"):
-        offsets[name] = at
-        at += -(-inputs.arrays[name].nbytes // LINE) * LINE
-    return {**offsets, "end": at}
 
 
 class CudaStep:
@@ -113,13 +116,14 @@ class CudaExecutable(Plans):
                  memory: MemoryPlan) -> None:
         super().__init__(build, manifest, memory)
         self._device, self._weights = device, weights
+        self.footprint = footprint(build, manifest, self._plans, memory)
         self._base = device.allocate(self.workspace_bytes)
         self._allocate_caches(manifest)
         self._stages = [Stage(device, self._plans, -(-memory.context_length // memory.page_size)) for _ in range(2)]
         self._input_base = device.allocate(self._stages[0].nbytes)
-        self._slot_arrays = SlotArrays(device, memory.slots, self._vocab)
-        self._chosen = device.allocate(4 * max(plan.rows for plan in self._plans))
-        self._places = {**self._slot_arrays.places, "chosen": self._chosen}
+        self._slot_arrays = SlotArrays(device, memory.slots, self._vocab, max(plan.rows for plan in self._plans))
+        self._places = dict(self._slot_arrays.places)
+        self._chosen = self._places["chosen"]
         self.least_token = -memory.slots
         device.load(build / KERNELS, {launch.kernel for plan in self._plans for launch in plan.launches})
         self._launches = {plan.name: [self._prepared(plan, i) for i in range(len(plan.launches))]
@@ -220,22 +224,23 @@ class CudaExecutable(Plans):
         return self._device.capture(lambda: self.run_launches(plan))
 
     def _allocate_caches(self, manifest: Manifest) -> None:
-        """One allocation for all KV pages and states."""
-        sizes: dict[tuple[str, str], int] = {}
-        for cache in manifest.caches:
-            if cache.kind == "kv":
-                sizes |= {(cache.name, part): self._memory.pages * page_part_bytes(cache) for part in ("k", "v")}
-            else:
-                sizes[cache.name, ""] = self._memory.slots * cache.unit_bytes
-        at = self._device.allocate(sum(-(-n // LINE) * LINE for n in sizes.values()))
-        for key, nbytes in sizes.items():
-            self._caches[key] = at
-            at += -(-nbytes // LINE) * LINE
+        """One allocation for all KV pages and states; arrays of one kind and size follow each other."""
+        table = cache_groups(manifest)
+        at = self._device.allocate(sum(len(keys) * pitch(unit, paged, self._memory)
+                                       for (paged, unit), keys in table.items()))
+        groups: dict[bool, list[Group]] = {True: [], False: []}
+        for (paged, unit), keys in table.items():
+            size = pitch(unit, paged, self._memory)
+            groups[paged].append(Group(at, len(keys), size, unit))
+            for key in keys:
+                self._caches[key] = at
+                at += size
+        self.rows = CudaRows(self._device, groups[True], groups[False])
 
     def _pointer(self, arg: Arg, plan: Plan) -> int:
-        offsets = self._stages[0].offsets[plan.name]
-        if arg.kind == "input" and arg.name in offsets:
-            return self._input_base + offsets[arg.name]
+        places = self._stages[0].offsets[plan.name]
+        if arg.kind == "input" and arg.name in places:
+            return self._input_base + places[arg.name]
         return super()._pointer(arg, plan)
 
     def _prepared(self, plan: Plan, index: int) -> Prepared:

@@ -9,6 +9,7 @@ import numpy as np
 from qcn_compile.runtime.choice import Pick
 from qcn_compile.runtime.cuda.device import CudaDevice
 
+LINE = 256
 WIDTH = 16  # numbers of a row of `choice`
 ON, PENALISED, BIASED, BOUND = 1, 2, 4, 8
 PROMPT = 1 << 30  # of a history entry: the token is in the prompt; below it, how often it is in the output
@@ -22,6 +23,12 @@ def words(vocab: int) -> int:
 def slot_arrays(vocab: int) -> dict[str, int]:
     """Array -> its numbers (4 bytes each) for one slot."""
     return {"last": 1, "history": vocab, "bias": vocab, "allowed": words(vocab)}
+
+
+def array_bytes(vocab: int, slots: int, rows: int) -> dict[str, int]:
+    """Array -> its bytes: those of slots, and the tokens chosen for the rows of a step."""
+    sizes = {**{name: slots * size for name, size in slot_arrays(vocab).items()}, "chosen": rows}
+    return {name: -(-4 * size // LINE) * LINE for name, size in sizes.items()}
 
 
 def write_choice(rows: np.ndarray, picks: Sequence[Pick | None]) -> None:
@@ -71,11 +78,15 @@ def mask(pick: Pick, vocab: int) -> np.ndarray:
 
 
 class SlotArrays:
-    """Last token, history, biases and mask of each slot, in device memory taken once."""
+    """Last token, history, biases and mask of each slot, and the tokens chosen, in device memory taken once."""
 
-    def __init__(self, device: CudaDevice, slots: int, vocab: int) -> None:
+    def __init__(self, device: CudaDevice, slots: int, vocab: int, rows: int) -> None:
         self._device, self._vocab = device, vocab
-        self.places = {name: device.allocate(4 * slots * size) for name, size in slot_arrays(vocab).items()}
+        table = array_bytes(vocab, slots, rows)
+        at, self.places = device.allocate(sum(table.values())), {}
+        for name, nbytes in table.items():
+            self.places[name] = at
+            at += nbytes
         self._sizes = slot_arrays(vocab)
         self._line = device.pinned(4 * max(self._sizes.values())).view(np.int32)
         self._sent = device.event(timed=False)

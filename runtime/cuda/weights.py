@@ -19,9 +19,14 @@ CHUNK = 256 << 20
 
 def total_bytes(build: Path, spec: dict[str, Any]) -> int:
     """Device bytes of all weights of a manifest."""
-    blobs = sum(row["bytes"] for row in spec.get("blobs", {}).values())
-    late = sum(size for row in spec.get("recipes", {}).values() for size in row["parts"].values())
+    blobs = sum(_whole(row["bytes"]) for row in spec.get("blobs", {}).values())
+    late = sum(_whole(size) for row in spec.get("recipes", {}).values() for size in row["parts"].values())
     return int(blobs + late) + sum((build / name).stat().st_size for name in spec["files"])
+
+
+def _whole(nbytes: int) -> int:
+    """Bytes from one blob to the next."""
+    return -(-nbytes // LINE) * LINE
 
 
 class DeviceWeights:
@@ -76,7 +81,7 @@ class DeviceWeights:
         offsets, at = {}, 0
         for name, nbytes in sizes.items():
             offsets[name] = at
-            at += -(-nbytes // LINE) * LINE
+            at += _whole(nbytes)
         base = self._device.allocate(at)
         self._addresses |= {name: base + offset for name, offset in offsets.items()}
 
@@ -96,6 +101,8 @@ class DeviceWeights:
                 at, left, skip = at + count, left - count, 0
             self._advance(int(row["bytes"]))
         self._device.synchronize()
+        for pattern in patterns.values():
+            self._device.free(pattern)
 
     def _late(self, recipes: dict[str, dict[str, Any]], model: Path) -> None:
         from qcn_compile.runtime.late_weights import Checkpoint, bound

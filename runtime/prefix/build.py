@@ -20,15 +20,13 @@ from qcn_compile.runtime.tokenizer import Tokenizer
 MESSAGE_START, MESSAGE_END = "<|im_start|>", "<|im_end|>"
 
 
-def prefix_cache(build: Path, options: PrefixOptions | None, memory: MemoryPlan, rows: Rows | None,
+def prefix_cache(build: Path, options: PrefixOptions | None, memory: MemoryPlan, rows: Rows,
                  tokenizer: Tokenizer | None) -> Callable[[PageAllocator], PrefixCache] | None:
-    """What makes the cache once the KV pages are there; None when it is off or the device has no rows to copy.
+    """What makes the cache once the KV pages are there; None when it is off.
 
     Raises UsageError for a store that cannot be used.
     """
-    if options is None or rows is None:
-        if options is not None and options.store is not None:
-            raise UsageError("--prefix-store: not built yet for GPU builds")
+    if options is None:
         return None
     files = None
     if options.store is not None:

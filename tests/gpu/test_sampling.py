@@ -55,26 +55,31 @@ def test_the_distribution_is_the_hosts() -> None:
         card.device.close()
 
 
-@pytest.mark.skipif(not (BUILDS / "tiny-none").is_dir() or not (MODEL / "model.safetensors").is_file(),
-                    reason="needs the bundled model")
 def test_the_device_chooses_what_the_host_would() -> None:
-    """Log probabilities make the host choose; without them the device does, one step ahead. Batches of four."""
+    """Log probabilities make the host choose; without them the device does, one step ahead. The same batch each way."""
     from qcn_compile import load
 
-    prompts = ["def fib(n):", "import os\n", "class Stack:", "for i in range(10):\n    print(", "while True:"]
-    with load(BUILDS / "tiny-none", model=MODEL) as model:
-        say(model.describe())
-        host = [[t for o in model.generate(p, temperature=0.0, max_tokens=100, logprobs=0) for t in o.token_ids]
-                for p in prompts]
-        streams = [model.generate(p, temperature=0.0, max_tokens=100) for p in prompts]
-        device = [[t for o in s for t in o.token_ids] for s in streams]
-        alone = [[t for o in model.generate(p, temperature=0.0, max_tokens=100) for t in o.token_ids] for p in prompts]
-        seeded = [[t for o in model.generate(prompts[0], temperature=0.9, top_k=30, seed=5, max_tokens=60)
-                   for t in o.token_ids] for _ in range(2)]
+    real = (MODEL / "model.safetensors.index.json").is_file() and any(MODEL.glob("model-*.safetensors"))
+    name = "tiny-none" if real else "tiny-dummy"  # random weights will do
+    with load(BUILDS / name, model=MODEL if real else None) as model:
+        say(f"{name}: {model.describe()}")
+        prompts = [model.encode(text) for text in ("def fib(n):", "import os\n", "class Stack:", "while True:")]
+
+        def together(**params: Any) -> list[list[int]]:
+            streams = [model.generate(p, max_tokens=100, ignore_eos=True, **params) for p in prompts]
+            return [[t for o in s for t in o.token_ids] for s in streams]
+
+        def alone(**params: Any) -> list[list[int]]:
+            return [[t for o in model.generate(p, max_tokens=100, **params) for t in o.token_ids] for p in prompts]
+
+        same = [alone(temperature=0.0, logprobs=0) == alone(temperature=0.0),
+                together(temperature=0.0, logprobs=0) == together(temperature=0.0),
+                alone(temperature=0.0, logprobs=0, repetition_penalty=1.3, presence_penalty=0.5)
+                == alone(temperature=0.0, repetition_penalty=1.3, presence_penalty=0.5),
+                alone(temperature=0.9, top_k=30, seed=5) == alone(temperature=0.9, top_k=30, seed=5)]
         model.check_integrity()
-        say(f"greedy: device equals host for {sum(a == b for a, b in zip(host, alone, strict=True))} of "
-            f"{len(prompts)} prompts alone, {sum(a == b for a, b in zip(host, device, strict=True))} batched")
-        assert host == alone and seeded[0] == seeded[1]
+        say(f"alone, together, with penalties, seeded twice: the same tokens {same}")
+        assert all(same)
 
 
 def test_a_step_through_the_engine() -> None:

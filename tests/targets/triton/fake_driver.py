@@ -23,10 +23,13 @@ class FakeDriver:
     CUfunction_attribute = SimpleNamespace(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES=8)
     CUdevice_attribute = SimpleNamespace(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR="major",
                                          CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR="minor",
-                                         CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN="shared")
+                                         CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN="shared",
+                                         CU_DEVICE_ATTRIBUTE_MAX_PITCH="pitch")
+    CUmemorytype = SimpleNamespace(CU_MEMORYTYPE_HOST="Host", CU_MEMORYTYPE_DEVICE="Device")
+    CUDA_MEMCPY2D = SimpleNamespace
 
     def __init__(self, arch: int = 90, memory: int = 8 << 30, shared: int = 232448) -> None:
-        self.attributes = {"major": arch // 10, "minor": arch % 10, "shared": shared}
+        self.attributes = {"major": arch // 10, "minor": arch % 10, "shared": shared, "pitch": 2**31 - 1}
         self.free = memory
         self.memory: dict[int, Any] = {}
         self.launches: list[tuple[Any, list[int]]] = []
@@ -67,6 +70,10 @@ class FakeDriver:
         self.free -= nbytes
         return Result.CUDA_SUCCESS, self._take(nbytes)
 
+    def _cuMemFree(self, pointer: int) -> tuple[Any, ...]:
+        self.free += len(self.memory.pop(pointer)) - 256
+        return (Result.CUDA_SUCCESS,)
+
     def _cuMemHostAlloc(self, nbytes: int, flags: int) -> tuple[Any, ...]:
         return Result.CUDA_SUCCESS, self._take(nbytes)
 
@@ -75,6 +82,12 @@ class FakeDriver:
         return (Result.CUDA_SUCCESS,)
 
     _cuMemcpyHtoD = _cuMemcpyHtoDAsync = _cuMemcpyDtoHAsync = _cuMemcpyDtoDAsync = _copy
+
+    def _cuMemcpy2DAsync(self, copy: Any, stream: Any) -> tuple[Any, ...]:
+        to, source = getattr(copy, f"dst{copy.dstMemoryType}"), getattr(copy, f"src{copy.srcMemoryType}")
+        for row in range(copy.Height):
+            ctypes.memmove(to + row * copy.dstPitch, source + row * copy.srcPitch, copy.WidthInBytes)
+        return (Result.CUDA_SUCCESS,)
 
     def _cuModuleLoadData(self, image: int) -> tuple[Any, ...]:
         return Result.CUDA_SUCCESS, image

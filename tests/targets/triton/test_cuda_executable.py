@@ -14,6 +14,7 @@ from qcn_compile.runtime.batch import Span
 from qcn_compile.runtime.choice import Pick
 from qcn_compile.runtime.cuda import executable as module
 from qcn_compile.runtime.cuda.executable import CudaExecutable, open_cuda
+from qcn_compile.runtime.cuda.footprint import lines
 from qcn_compile.runtime.cuda.sampling import slot_arrays
 from qcn_compile.runtime.profile import Profile
 from qcn_compile.runtime.request import Request, SamplingParams
@@ -102,6 +103,16 @@ def test_the_profile_launches_one_by_one(fake: FakeDriver, tmp_path: Path,
     executable.profile = Profile()
     executable.run([Span([7], 0, 0, np.array([0], np.int32), 1)])
     assert len(fake.launches) == 2 and "op: k" in "\n".join(executable.profile.lines())
+
+
+def test_the_memory_plan_is_what_is_taken(fake: FakeDriver, tmp_path: Path) -> None:
+    """To the byte, whatever the sizes; what making weights up took is given back."""
+    before = fake.free
+    executable = opened(tmp_path)
+    assert sum(executable.footprint.values()) == before - fake.free
+    assert executable.footprint["weights"] == 1 << 12 and executable.footprint["workspace"] == 4096
+    text = "\n".join(lines(executable.footprint, executable._memory))
+    assert f"{before - fake.free:,d} bytes" in text and "2 state slots" in text
 
 
 def test_what_does_not_fit(fake: FakeDriver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
