@@ -24,7 +24,7 @@ VIEWS = {
     "verify": "check every file against its hash, read every plan and graph",
     "profile": "run a prompt and 32 steps, time each op, measure the machine's limits",
 }
-OTHERS = ("diff", "targets")
+OTHERS = ("diff", "targets", "device")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -46,6 +46,11 @@ def parser() -> argparse.ArgumentParser:
     sub = commands.add_parser("diff", help="what differs between two builds")
     sub.add_argument("build", type=Path)
     sub.add_argument("other", type=Path)
+    sub.add_argument("--json", action="store_true", help="print the data as JSON")
+    sub = commands.add_parser("device", help="bytes that a GPU build takes on its card when loaded")
+    sub.add_argument("build", type=Path)
+    sub.add_argument("--context-length", type=int, metavar="N", help="longest sequence (default: the build's)")
+    sub.add_argument("--max-running-requests", type=int, default=4, metavar="N", help="sequences at once (default 4)")
     sub.add_argument("--json", action="store_true", help="print the data as JSON")
     sub = commands.add_parser("targets", help="the chips that builds can be made for")
     sub.add_argument("--json", action="store_true", help="print the data as JSON")
@@ -87,6 +92,8 @@ def _data(args: argparse.Namespace) -> Any:
 
         return measure(args.build)
     build = Build.open(args.build)
+    if args.command == "device":
+        return views.device(build, args.context_length, args.max_running_requests)
     if args.command == "diff":
         return views.diff(build, Build.open(args.other))
     if args.command == "kernels":

@@ -131,6 +131,15 @@ def passes(data: list[dict[str, Any]]) -> Iterator[str]:
             yield f"      not: {event['rule']} at %{event['value']}: {event['reason']}"
 
 
+def device(data: dict[str, Any]) -> Iterator[str]:
+    """A line an allocation, and the sums."""
+    total = sum(data["bytes"].values())
+    for what, size in [*data["bytes"].items(), ("planned", total), ("reserve", data["reserve"]),
+                       ("in all", total + data["reserve"])]:
+        yield f"{what:12s} {size:15,d} bytes {size / 1e9:9.3f} GB"
+    yield data["caches"]
+
+
 def targets(data: list[dict[str, Any]]) -> Iterator[str]:
     """A chip a block."""
     units = {"cores": "", "bandwidth": " GB/s", "memory": " GB", "reserved": " GB", "link": " GB/s", "latency": " us"}

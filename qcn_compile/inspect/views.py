@@ -7,7 +7,10 @@ from collections import Counter
 from typing import Any
 
 from qcn_compile.artifact import Plan
+from qcn_compile.errors import UsageError
 from qcn_compile.inspect.build import Build
+from qcn_compile.runtime.cuda.footprint import RESERVE, footprint
+from qcn_compile.runtime.memory import plan_memory
 
 LAYER = re.compile(r"layers\.(\d+)(?:\.|$)")
 SELECTS = ("select-", "keep-")  # passes that choose formats; their events are decisions, not fusions
@@ -62,6 +65,15 @@ def memory(build: Build) -> dict[str, Any]:
         alive = [sum(b["bytes"] for b in layout if b["first"] <= at <= b["last"]) for at in range(steps)]
         result[name] = {**{k: v for k, v in plan.items() if k != "layout"}, "layout": layout, "alive": alive}
     return result
+
+
+def device(build: Build, context_length: int | None, sequences: int) -> dict[str, Any]:
+    """Device bytes of a loaded GPU build that holds so many whole contexts. Raises UsageError for another target."""
+    if build.manifest.target.get("kind") != "gpu":
+        raise UsageError(f"{build.path} is for {build.manifest.target['name']}, not for a GPU; see qcn-inspect memory")
+    plans = [plan for plan in build.plans if plan.entry == "main"]
+    memory = plan_memory(build.manifest, context_length, sequences, 1 << 60)
+    return {"bytes": footprint(build.path, build.manifest, plans, memory), "reserve": RESERVE, "caches": str(memory)}
 
 
 def decisions(build: Build) -> dict[str, Any]:

@@ -63,10 +63,3 @@ def offsets(plan: Plan, width: int) -> dict[str, int]:
         found[name] = at
         at += -(-4 * size // LINE) * LINE
     return {**found, "end": at}
-
-
-def lines(table: dict[str, int], memory: MemoryPlan) -> list[str]:
-    """The plan as text."""
-    total = sum(table.values())
-    rows = [*table.items(), ("planned", total), ("reserve", RESERVE), ("in all", total + RESERVE)]
-    return [*(f"{what:12s} {size:15,d} bytes  {size / 1e9:8.3f} GB" for what, size in rows), str(memory)]

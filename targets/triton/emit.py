@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -22,7 +23,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from qcn_compile.errors import LoweringError
+from qcn_compile.errors import LoweringError, UsageError
 from qcn_compile.settings import build_jobs
 from qcn_compile.targets.base import Kernel
 from qcn_compile.targets.spec import Hardware
@@ -75,14 +76,24 @@ def compiled(kernels: Sequence[Kernel], card: Hardware,
             try:
                 yield job.result()
             except BrokenProcessPool:
-                raise LoweringError(f"kernel {kernel.symbol}: the Triton compiler crashed for sm_{card.arch}; "
-                                    "report it with this configuration") from None
+                raise _crash(kernel, card) from None
             except Exception as error:
                 pool.shutdown(cancel_futures=True)
                 file = FAMILIES[kernel.family].file
                 owner = f" of plugin {file}" if file else ""
                 raise LoweringError(f"kernel {kernel.symbol}{owner}: Triton cannot compile it for sm_{card.arch}: "
                                     f"{type(error).__name__}: {str(error)[-800:]}") from error
+
+
+def _crash(kernel: Kernel, card: Hardware) -> Exception:
+    """Why a worker ended: a script that builds while it is imported, as each worker does again, or the compiler."""
+    script = getattr(sys.modules["__main__"], "__file__", None)
+    text = Path(script).read_text(encoding="utf-8", errors="replace") if script and Path(script).is_file() else None
+    if text is not None and "__main__" not in text:
+        return UsageError(f"{script} builds while it is imported, and the worker processes of a build import it again; "
+                          'put the call under `if __name__ == "__main__":`')
+    return LoweringError(f"kernel {kernel.symbol}: the Triton compiler crashed for sm_{card.arch}; "
+                         "report it with this configuration")
 
 
 def _prepare() -> None:

@@ -10,11 +10,12 @@ from fake_driver import FakeDriver, arguments
 
 from qcn_compile.artifact import Arg, CacheSpec, Launch, Manifest, Plan, seal, write_json
 from qcn_compile.errors import ArtifactError, CapacityError
+from qcn_compile.inspect import show, views
+from qcn_compile.inspect.build import Build
 from qcn_compile.runtime.batch import Span
 from qcn_compile.runtime.choice import Pick
 from qcn_compile.runtime.cuda import executable as module
 from qcn_compile.runtime.cuda.executable import CudaExecutable, open_cuda
-from qcn_compile.runtime.cuda.footprint import lines
 from qcn_compile.runtime.cuda.sampling import slot_arrays
 from qcn_compile.runtime.profile import Profile
 from qcn_compile.runtime.request import Request, SamplingParams
@@ -111,8 +112,9 @@ def test_the_memory_plan_is_what_is_taken(fake: FakeDriver, tmp_path: Path) -> N
     executable = opened(tmp_path)
     assert sum(executable.footprint.values()) == before - fake.free
     assert executable.footprint["weights"] == 1 << 12 and executable.footprint["workspace"] == 4096
-    text = "\n".join(lines(executable.footprint, executable._memory))
-    assert f"{before - fake.free:,d} bytes" in text and "2 state slots" in text
+    shown = views.device(Build.open(tmp_path / "build"), 16, 2)
+    assert shown["bytes"] == executable.footprint  # the same caches: two contexts of 16
+    assert any(f"{before - fake.free:,d} bytes" in line for line in show.device(shown))
 
 
 def test_what_does_not_fit(fake: FakeDriver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
