@@ -175,7 +175,7 @@ def _optimise(graph: Graph, decision: Decision, context: PassContext, options: O
     if options.pipeline is not None:
         pipeline = Pipeline(list(options.pipeline.passes))
     else:
-        pipeline = Pipeline.default(decision.base, decision.format, decision.activations)
+        pipeline = Pipeline.default(base=decision.base, quant=decision.format, activations=decision.activations)
     for plugin in load_plugins(options.plugins):
         plugin.configure(pipeline)
     for name in options.disabled:

@@ -24,6 +24,7 @@ from qcn_compile.passes.select_quantization import SelectQuantization
 from qcn_compile.passes.select_rows import SelectRows
 from qcn_compile.passes.shard import Shard
 from qcn_compile.plugins import home, op_at
+from qcn_compile.targets.registry import load_target
 
 
 def default_passes(base: str = "f32", quant: str = "none", activations: str = "f32",
@@ -69,10 +70,15 @@ class Pipeline:
     passes: list[Pass]
 
     @staticmethod
-    def default(base: str = "f32", quant: str = "none", activations: str = "f32",
+    def default(target: str = "cpu", *, base: str | None = None, quant: str = "none", activations: str = "f32",
                 shard: Shard | None = None) -> Pipeline:
-        """The standard pipeline; with `shard`, for one rank of several."""
-        return Pipeline(default_passes(base, quant, activations, shard))
+        """The standard pipeline of a target, as --target names it; with `shard`, for one rank of several.
+
+        base: f32 or bf16, how unquantised weights are stored (None: the target's own dtype); quant: none, int8, int4 or
+        fp8; activations: f32 or int8. A build decides these by itself when it is given no pipeline.
+        Raises UsageError for an unknown target.
+        """
+        return Pipeline(default_passes(base or load_target(target).dtype, quant, activations, shard))
 
     def _index(self, name: str) -> int:
         for index, item in enumerate(self.passes):
@@ -96,11 +102,26 @@ class Pipeline:
         self.passes = [p for p in self.passes if p.name != name]
         return self
 
-    def replace(self, name: str, **options: object) -> Pipeline:
-        """Change options of the passes of a name."""
+    def replace(self, name: str, item: Pass | None = None, **options: object) -> Pipeline:
+        """Put another pass in the place of every pass of a name, or change their options."""
         self._index(name)
-        self.passes = [replace(p, **options) if p.name == name else p for p in self.passes]
+        if item is not None and options:
+            raise UsageError(f"replace({name!r}): give a pass or options, not both")
+        self.passes = [p if p.name != name else item or replace(p, **options) for p in self.passes]
         return self
+
+    def reorder(self, name: str, after: str | None = None, before: str | None = None) -> Pipeline:
+        """Move a pass to after (the last) or before (the first) of a name; to the end when neither is given.
+
+        Raises UsageError for a pass that runs more than once; what it must follow is checked when the pipeline runs.
+        """
+        item = self.passes[self._index(name)]
+        if sum(p.name == name for p in self.passes) > 1:
+            raise UsageError(f"reorder({name!r}): it runs more than once; change the list `pipeline.passes` itself")
+        for other in filter(None, (after, before)):
+            self._index(other)
+        self.passes.remove(item)
+        return self.insert(item, after, before)
 
     def check_order(self) -> None:
         """Raise PassError when a pass runs before one it needs to follow."""

@@ -110,10 +110,14 @@ def test_reduced_graph_of_a_whole_model_is_small(files: tuple[str, str]) -> None
 
 
 @pytest.mark.parametrize("which", ["bundled", "qwen3-coder-next"])
-def test_every_stage_round_trips(which: str) -> None:
+def test_every_stage_round_trips(which: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Printed, parsed and printed again it is the same text; so it is through the command, which verifies it too."""
     graph = bundled() if which == "bundled" else qcn.trace(load_config(_ASSETS / which)[0], "bf16")
     stages: dict[str, str] = {}
-    Pipeline.default("bf16", "int4").run(graph, PassContext(), Tracing(stages=stages))
+    Pipeline.default(base="bf16", quant="int4").run(graph, PassContext(), Tracing(stages=stages))
     assert len(stages) >= 12
     for name, text in stages.items():
         assert print_graph(parse_graph(text)) == text, name
+        (tmp_path / "stage.qir").write_text(text)
+        assert opt.main([str(tmp_path / "stage.qir")]) == 0
+        assert capsys.readouterr().out == text, name

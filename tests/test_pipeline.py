@@ -68,6 +68,40 @@ def test_editing() -> None:
     assert [p.format for p in pipeline.passes if p.name == "select-quantization"] == ["int8"]
     with pytest.raises(UsageError, match="no pass named 'nope' in the pipeline; it has canonicalize"):
         pipeline.remove("nope")
+    pipeline.reorder("breaks", before="fuse-moe")
+    assert names(pipeline).index("breaks") == before.index("fuse-moe") and len(pipeline.passes) == len(before) + 1
+    assert names(pipeline.reorder("breaks"))[-1] == "breaks"
+    pipeline.replace("fuse-moe", Breaks())
+    assert names(pipeline)[before.index("fuse-moe")] == "breaks"
+    with pytest.raises(UsageError, match="it runs more than once"):
+        pipeline.reorder("breaks")
+    with pytest.raises(UsageError, match="no pass named 'nope'"):
+        pipeline.reorder("fuse-norm", after="nope")
+    assert "fuse-norm" in names(pipeline)  # not lost on the way
+    pipeline.reorder("fuse-norm", after="fuse-epilogue")
+    with pytest.raises(PassError, match="must run after"):
+        pipeline.reorder("fuse-deltanet", before="fuse-norm").reorder("select-quantization").reorder(
+            "merge-linears", before="fuse-norm").check_order()
+
+
+def test_defaults_follow_the_target() -> None:
+    base = lambda target: next(p.base for p in Pipeline.default(target).passes if p.name == "select-quantization")  # noqa: E731
+    assert (base("cpu"), base("null"), base("h100")) == ("f32", "f32", "bf16")
+    with pytest.raises(UsageError, match="h1000"):
+        Pipeline.default("h1000")
+
+
+def test_the_stable_names() -> None:
+    """What plugins and programs may rely on."""
+    import qcn_compile as qcn
+
+    for name in ("trace", "compile", "load", "Pipeline", "Graph", "Options", "Pass", "RulePass", "PassContext", "Rule",
+                 "Rewriter", "register_pass", "register_op", "register_kernel"):
+        assert name in qcn.__all__ and getattr(qcn, name).__doc__, name
+    for owner, methods in {qcn.Pipeline: ("default", "insert", "replace", "remove", "reorder", "run"),
+                           sys.modules["qcn_compile.runtime.loaded"].Model: ("generate", "logits", "step")}.items():
+        assert all(getattr(owner, method).__doc__ for method in methods)
+    assert (Path(qcn.__file__).parent / "py.typed").is_file()
 
 
 def test_tracing_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -89,7 +89,7 @@ def main(folder: str = "pruned-builds", keep: str = "12") -> dict[str, float]:
     texts, file = held_out(12), Path(folder) / STATISTICS
     qcn.compile(None, "cpu", f"{folder}/whole")
     collect(f"{folder}/whole", texts[:4], file)
-    pipeline = qcn.Pipeline.default("bf16").insert(PruneExperts(str(file), int(keep)), after="fuse-moe")
+    pipeline = qcn.Pipeline.default(base="bf16").insert(PruneExperts(str(file), int(keep)), after="fuse-moe")
     qcn.compile(None, "cpu", f"{folder}/pruned", pipeline=pipeline)
     return {name: report(name, f"{folder}/{build}", texts[4:])
             for name, build in (("all experts", "whole"), (f"{keep} experts a layer", "pruned"))}

@@ -120,7 +120,7 @@ def test_lora_for_another_model(example: Example, traced: Traced, adapter: Path)
 
 def interpreted(traced: Traced, sequences: list[list[int]]) -> dict[str, list[int]]:
     """Experts chosen per layer, as the interpreter has them."""
-    early = qcn.Pipeline.default("bf16")
+    early = qcn.Pipeline.default(base="bf16")
     early.passes = early.passes[:[p.name for p in early.passes].index("fuse-moe") + 1]
     graph, counts = early.run(traced.main, PassContext()), dict[str, torch.Tensor]()
 

@@ -161,7 +161,7 @@ def test_fp8_goes_into_fp8_kernels_untouched(model, tmp_path):
     quantise(save(model, tmp_path), *LAYOUTS["fp8"])
     target, tensors = GpuTarget("h100"), load_file(tmp_path / "model.safetensors")
     traced = trace_model(locate(str(tmp_path), "gpu"), DType.bf16)
-    graph = Pipeline.default("bf16", "fp8", "f32").run(traced.main, PassContext(target=target))
+    graph = Pipeline.default(base="bf16", quant="fp8").run(traced.main, PassContext(target=target))
     names = name_blobs(blobs_of(schedule(graph, buckets_for("gpu")[0], target)))
     blobs = dict(packed(names, traced.weights, target))
     stem = "model.layers.0.mlp.experts"

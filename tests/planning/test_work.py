@@ -46,7 +46,7 @@ class Case:
         self.target, self.shape = load_target(target), shape_of(config)
         self.scheme = scheme_of(self.target.kind, quant)
         traced = trace_model(AutoConfig.for_model(**config), DType(self.target.dtype))
-        self.graph: Graph = Pipeline.default("bf16", quant).run(traced.main, PassContext(target=target))
+        self.graph: Graph = Pipeline.default(base="bf16", quant=quant).run(traced.main, PassContext(target=target))
         self.static = static_values(self.graph)
 
     def traced(self, bucket: Bucket) -> dict[str, list[float]]:
