@@ -6,6 +6,7 @@ A build that was killed finds them there; one that failed or succeeded leaves no
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import hashlib
 import os
@@ -28,6 +29,7 @@ from qcn_compile.lowering.weights import BlobKey, WeightFile, cuts, pack_piece, 
 from qcn_compile.targets.base import Target
 
 Report = Callable[[int, int], None]
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 IN_FLIGHT = 4  # pieces handed out for each worker
 WAITING = 2  # whole files that are being flushed and hashed while the next ones are packed
 
@@ -47,6 +49,7 @@ def convert(files: list[WeightFile], source: Source, target: Target, folder: Pat
     Raises ArtifactError when the disk cannot hold them, before anything is written.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    _reuse_memory()
     done = {file.name: digest for file in files if (digest := _finished(folder, file))}
     total, ready = sum(f.nbytes for f in files), sum(f.nbytes for f in files if f.name in done)
     _check_space(folder, total - ready)
@@ -64,6 +67,14 @@ def convert(files: list[WeightFile], source: Source, target: Target, folder: Pat
                 closing[-WAITING - 1][1].result()
         done |= {name: future.result() for name, future in closing}
     return Written(tuple(f.name for f in files), done)
+
+
+def _reuse_memory() -> None:
+    """Have glibc keep what a piece has freed for the next one: fresh pages from the kernel cost more than the packing."""
+    tune = getattr(ctypes.CDLL(None), "mallopt", None)
+    if tune is not None:
+        tune(M_MMAP_THRESHOLD, 32 << 20)
+        tune(M_TRIM_THRESHOLD, 512 << 20)
 
 
 class _Progress:

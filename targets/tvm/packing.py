@@ -15,6 +15,7 @@ N is padded with zero rows to a multiple of 16 (I to a multiple of 8), Kp is K p
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import prod
 
 import numpy as np
@@ -70,9 +71,14 @@ def sizes(layout: str, encoding: Encoding, shape: tuple[int, ...]) -> dict[str, 
     return {"w": (encoding.format, count * padded(depth) * bits // 8), "s": ("f16", count * group_count(depth) * 2)}
 
 
-def interleave(gate_up: Weight) -> Tensor:
-    """[2I, H], gate above up -> f32 [2 ceil8(I), H], 8 gate rows and their 8 up rows in turn."""
-    pair = wide(gate_up)
+def interleave(gate_up: Weight) -> Weight:
+    """[2I, H], gate above up -> [2 ceil8(I), H], 8 gate rows and their 8 up rows in turn. Codes of rows stay codes."""
+    if isinstance(gate_up, Coded) and quantized(gate_up.encoding):
+        return replace(gate_up, codes=_in_turn(gate_up.codes), scales=_in_turn(gate_up.scales))
+    return _in_turn(wide(gate_up))
+
+
+def _in_turn(pair: Tensor) -> Tensor:
     width, depth = pair.shape[0] // 2, pair.shape[1]
     pair = torch.nn.functional.pad(pair.reshape(2, width, depth), (0, 0, 0, -width % HALF))
     return pair.reshape(2, -1, HALF, depth).transpose(0, 1).reshape(-1, depth)

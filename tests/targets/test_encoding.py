@@ -133,7 +133,27 @@ def test_f32_tiles_by_hand() -> None:
     w = np.arange(17 * 3, dtype=np.float32).reshape(17, 3)
     tiles = pack("tiles", Encoding("f32"), w)["w"].reshape(2, 3, 16)
     assert np.array_equal(tiles[0].T, w[:16]) and np.array_equal(tiles[1].T[0], w[16]) and not tiles[1][:, 1:].any()
-    assert np.array_equal(interleave(w[:6])[[0, 1, 2, 8, 9, 10]], w[:6])
+    mixed = interleave(w[:6])
+    assert isinstance(mixed, torch.Tensor)
+    assert np.array_equal(mixed.numpy()[[0, 1, 2, 8, 9, 10]], w[:6])
+
+
+@pytest.mark.parametrize("layout", ["tiles", "gate_up"])
+def test_codes_are_packed_without_quantising_again(layout: str) -> None:
+    """Scales that no rounding of ours would choose survive the packing."""
+    codes = torch.from_numpy(RNG.integers(-3, 4, (20, 64)).astype(np.int8))
+    scales = torch.from_numpy(RNG.random((20, 2)).astype(np.float16))
+    coded = Coded(codes, scales, Encoding("int4"), 64)
+    parts = pack(layout, Encoding("int4"), coded)
+    rows = np.arange(20) if layout == "tiles" else np.array([*range(8), *range(10, 18), 8, 9, *[-1] * 6, 18, 19])
+    made = parts["s"].view(np.float16).reshape(-1, 2, 16)
+    nibble = parts["w"].reshape(-1, 32, 16)
+    for place, row in enumerate(rows):
+        tile, lane = divmod(place, 16)
+        if row >= 0:
+            assert np.array_equal(made[tile, :, lane], scales[row].numpy())
+            assert np.array_equal((nibble[tile, :, lane] & 15).astype(int) - 8, codes[row, 0::2].numpy())
+            assert np.array_equal((nibble[tile, :, lane] >> 4).astype(int) - 8, codes[row, 1::2].numpy())
 
 
 def test_unknown_layout() -> None:

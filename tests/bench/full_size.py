@@ -1,0 +1,263 @@
+"""Conversion at the sizes of Qwen3-Coder-Next: speed against the disk, peak memory, and a kill followed by a resume.
+
+    python -m tests.bench.full_size audit                      names and shapes of all 48 layers, in sparse files
+    python -m tests.bench.full_size convert --layers 2 --quant fp8     real files with random content, 3.3 GB a layer
+    python -m tests.bench.full_size generated --quant int4     all 48 layers, content made when read, output discarded
+
+Run it on a quiet machine with room for the bf16 layers and their result; everything is removed at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers.core_model_loading import revert_weight_conversion
+
+import qcn_compile
+from qcn_compile.frontend import trace_model
+from qcn_compile.frontend.checkpoint import INDEX, load_config, locate
+from qcn_compile.frontend.tensor_files import Stored
+from qcn_compile.frontend.trace import build
+from qcn_compile.ir.types import DType
+from qcn_compile.lowering.buckets import buckets_for
+from qcn_compile.lowering.convert import convert, key_of, resumable, take
+from qcn_compile.lowering.plan import blobs_of
+from qcn_compile.lowering.schedule import schedule
+from qcn_compile.lowering.weights import WeightFile, name_blobs, plan_files
+from qcn_compile.passes.base import PassContext
+from qcn_compile.pipeline import Pipeline
+from qcn_compile.targets.base import Target
+from qcn_compile.targets.registry import load_target
+
+CONFIG = Path(qcn_compile.__file__).parent / "assets/qwen3-coder-next/config.json"
+SHARD = 4 << 30
+POOL = (torch.randn(32 << 20, generator=torch.Generator().manual_seed(0)) * 0.02).bfloat16()
+
+
+def make(folder: Path, layers: int, sparse: bool) -> int:
+    """A bf16 checkpoint with the published names and shapes, in files of 4 GB; returns the bytes of its tensors."""
+    folder.mkdir(parents=True)
+    config = {**json.loads(CONFIG.read_text()), "num_hidden_layers": layers}
+    (folder / "config.json").write_text(json.dumps(config))
+    model = build(load_config(folder)[0], DType.bf16)
+    shapes = {k: tuple(v.shape) for k, v in revert_weight_conversion(model, dict(model.named_parameters())).items()}
+    shards: list[dict[str, tuple[int, ...]]] = [{}]
+    size = 0
+    for name, shape in shapes.items():
+        if size > SHARD:
+            shards.append({})
+            size = 0
+        shards[-1][name] = shape
+        size += 2 * int(np.prod(shape))
+    index = {}
+    for number, shard in enumerate(shards, 1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        index |= dict.fromkeys(shard, file)
+        _write(folder / file, shard, sparse)
+    (folder / INDEX).write_text(json.dumps({"weight_map": index}))
+    return sum(2 * int(np.prod(shape)) for shape in shapes.values())
+
+
+def _write(file: Path, shapes: dict[str, tuple[int, ...]], sparse: bool) -> None:
+    header, at = {}, 0
+    for name, shape in shapes.items():
+        size = 2 * int(np.prod(shape))
+        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [at, at + size]}
+        at += size
+    text = json.dumps(header).encode()
+    with file.open("wb") as handle:
+        handle.write(len(text).to_bytes(8, "little") + text)
+        if sparse:
+            handle.truncate(8 + len(text) + at)
+            return
+        for name, shape in shapes.items():
+            handle.write(content(name, int(np.prod(shape))).view(torch.uint8).numpy().data)
+
+
+def content(name: str, count: int) -> Tensor:
+    """Random bf16 numbers of about 0.02, another stretch of the pool for every name."""
+    start = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "little") % len(POOL)
+    repeated = POOL.roll(-start) if count > len(POOL) // 2 else torch.cat([POOL[start:start + count], POOL[:count]])
+    return repeated.repeat(-(-count // len(repeated)))[:count]
+
+
+class Job:
+    """The weight files of a checkpoint for a target and a format, as qcn-compile plans them."""
+
+    def __init__(self, folder: Path, target: str, quant: str) -> None:
+        self.target: Target = load_target(target)
+        traced = trace_model(locate(str(folder), self.target.kind), DType(self.target.dtype))
+        assert traced.weights is not None
+        self.source = traced.weights
+        activations = "int8" if self.target.kind == "cpu" else "f32"
+        graph = Pipeline.default("bf16", quant, activations).run(traced.main, PassContext(target=self.target))
+        keys = dict.fromkeys(k for bucket in buckets_for(self.target.kind)
+                             for k in blobs_of(schedule(graph, bucket, self.target)))
+        self.files: list[WeightFile] = plan_files(name_blobs(keys), self.target)
+
+    def run(self, output: Path) -> dict[str, Any]:
+        """Convert into `output`; digests, seconds and bytes."""
+        begin = time.perf_counter()
+        with resumable(output, key_of(self.files, self.target, self.source.fingerprint())) as folder:
+            written = convert(self.files, self.source, self.target, folder)
+            take(written, folder, output)
+        return {"seconds": time.perf_counter() - begin, "bytes": sum(f.nbytes for f in self.files),
+                "sha256": dict(written.sha256), **peak()}
+
+
+def peak() -> dict[str, float]:
+    """Peak resident memory of this process so far, in GB."""
+    return {"peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9}
+
+
+def worker(folder: Path, output: Path, target: str, quant: str) -> None:
+    """The process that converts and may be killed; prints one JSON object."""
+    job = Job(folder, target, quant)
+    traced = peak()["peak_gb"]
+    print(json.dumps({**job.run(output), "traced_gb": traced}), flush=True)
+
+
+def spawn(*args: str | Path) -> subprocess.Popen[str]:
+    return subprocess.Popen([sys.executable, "-m", "tests.bench.full_size", "worker", *map(str, args)],
+                            stdout=subprocess.PIPE, text=True)
+
+
+def disk(folder: Path, file: Path) -> tuple[float, float]:
+    """MB/s of reading `file` past the page cache, and of writing 1 GB down to the disk."""
+    with file.open("rb", buffering=0) as handle:
+        os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        begin, done, block = time.perf_counter(), 0, bytearray(8 << 20)
+        while done < 1 << 30 and (count := handle.readinto(block)):
+            done += count
+        read = done / (time.perf_counter() - begin) / 1e6
+    begin = time.perf_counter()
+    with (folder / "disk-test").open("wb") as handle:
+        for _ in range(128):
+            handle.write(block)
+        handle.flush()
+        os.fsync(handle.fileno())
+    write = (1 << 30) / (time.perf_counter() - begin) / 1e6
+    (folder / "disk-test").unlink()
+    return read, write
+
+
+def forget(folder: Path) -> None:
+    """Drop a folder's files from the page cache, so that they are read from the disk."""
+    os.sync()
+    for file in folder.glob("*.safetensors"):
+        with file.open("rb") as handle:
+            os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+@contextmanager
+def workplace(root: str | None) -> Iterator[Path]:
+    folder = Path(tempfile.mkdtemp(prefix="full-size-", dir=root))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def convert_layers(args: argparse.Namespace) -> None:
+    """Whole run, then a run killed at a random point and resumed."""
+    with workplace(args.folder) as folder:
+        size = make(folder / "model", args.layers, sparse=False)
+        read, write = disk(folder, next((folder / "model").glob("*.safetensors")))
+        forget(folder / "model")
+        whole = json.loads(spawn(folder / "model", folder / "whole", args.target, args.quant).communicate()[0])
+        rate = size / whole["seconds"] / 1e6
+        print(f"{args.target} {args.quant}, {args.layers} layers, {size / 1e9:.2f} GB of bf16 into "
+              f"{whole['bytes'] / 1e9:.2f} GB: {whole['seconds']:.1f} s, read {rate:.0f} MB/s, written "
+              f"{whole['bytes'] / whole['seconds'] / 1e6:.0f} MB/s; disk alone: read {read:.0f}, write {write:.0f}")
+        print(f"peak memory {whole['peak_gb']:.2f} GB, of it before the conversion {whole['traced_gb']:.2f} GB")
+        shutil.rmtree(folder / "whole")
+        process = spawn(folder / "model", folder / "again", args.target, args.quant)
+        while not (folder / ".again.weights").exists() and process.poll() is None:
+            time.sleep(0.05)
+        time.sleep(random.uniform(0.2, 0.8) * whole["seconds"])
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        kept = len(list((folder / ".again.weights/files").glob("*.sha256")))
+        resumed = json.loads(spawn(folder / "model", folder / "again", args.target, args.quant).communicate()[0])
+        same = resumed["sha256"] == whole["sha256"]
+        print(f"killed with {kept} of {len(whole['sha256'])} files done, resumed in {resumed['seconds']:.1f} s: "
+              f"{'identical' if same else 'DIFFERENT'} bytes")
+        assert same
+
+
+def audit_all(args: argparse.Namespace) -> None:
+    """All names and shapes through the audit."""
+    with workplace(args.folder) as folder:
+        size = make(folder / "model", 48, sparse=True)
+        used = sum(f.stat().st_blocks * 512 for f in (folder / "model").iterdir())
+        begin = time.perf_counter()
+        traced = trace_model(locate(str(folder / "model"), "gpu"), DType.bf16)
+        print(f"{size / 1e9:.2f} GB in sparse files of {used / 1e6:.1f} MB: traced and audited in "
+              f"{time.perf_counter() - begin:.1f} s, {peak()['peak_gb']:.2f} GB; {traced.audit}")
+
+
+def generated(args: argparse.Namespace) -> None:
+    """Every layer, content made when it is read, each file removed when it is finished."""
+    with workplace(args.folder) as folder:
+        size = make(folder / "model", args.layers, sparse=True)
+        names = {(s.file, s.span): name for name, s in _stored(folder / "model").items()}
+
+        def read(self: Stored, start: int = 0, stop: int | None = None) -> Tensor:
+            shape = ((self.shape[0] if stop is None else stop) - start, *self.shape[1:])
+            return content(f"{names[self.file, self.span]}:{start}", int(np.prod(shape))).reshape(shape)
+
+        Stored.read = read  # type: ignore[method-assign]
+        job = Job(folder / "model", args.target, args.quant)
+        before, begin, done = peak()["peak_gb"], time.perf_counter(), 0
+        for number, file in enumerate(job.files):
+            convert([file], job.source, job.target, folder / "out")
+            shutil.rmtree(folder / "out")
+            done += file.nbytes
+            if number % 20 == 0:
+                print(f"  {done / 1e9:.1f} GB, {time.perf_counter() - begin:.0f} s", file=sys.stderr, flush=True)
+        seconds = time.perf_counter() - begin
+        print(f"{args.target} {args.quant}, {args.layers} layers, {size / 1e9:.1f} GB of generated bf16 into "
+              f"{done / 1e9:.1f} GB in {len(job.files)} files: {seconds:.0f} s, {size / seconds / 1e6:.0f} MB/s in, "
+              f"{done / seconds / 1e6:.0f} MB/s out; peak memory {peak()['peak_gb']:.2f} GB ({before:.2f} before)")
+
+
+def _stored(folder: Path) -> dict[str, Stored]:
+    from qcn_compile.frontend.tensor_files import read_header
+
+    return {name: s for file in sorted(folder.glob("*.safetensors")) for name, s in read_header(file).items()}
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["worker"]:
+        worker(Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4], sys.argv[5])
+        return
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["audit", "convert", "generated"])
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--target", default="h100")
+    parser.add_argument("--quant", default="fp8")
+    parser.add_argument("--folder", help="where to work (default: the system's temporary folder)")
+    args = parser.parse_args()
+    {"audit": audit_all, "convert": convert_layers, "generated": generated}[args.what](args)
+
+
+if __name__ == "__main__":
+    main()
