@@ -70,7 +70,7 @@ def convert(files: list[WeightFile], source: Source, target: Target, folder: Pat
 
 
 def _reuse_memory() -> None:
-    """Have glibc keep what a piece has freed for the next one: fresh pages from the kernel cost more than the packing."""
+    """Have glibc keep what a piece has freed for the next one: fresh pages cost more than the packing."""
     tune = getattr(ctypes.CDLL(None), "mallopt", None)
     if tune is not None:
         tune(M_MMAP_THRESHOLD, 32 << 20)
