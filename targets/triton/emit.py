@@ -106,19 +106,11 @@ def compile_one(kernel: Kernel, arch: int, family: Family) -> tuple[bytes, dict[
     """Compile one kernel in this process. One without a parameter PDL is launched when the one before it is done."""
     import triton
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
     FAMILIES.setdefault(kernel.family, family)  # a plugin's, which a worker has not loaded
-    function = family.load(kernel.family)
-    present, absent = family.pointers(kernel)
-    pdl = arch >= FIRST_PDL and "PDL" in function.arg_names
-    fixed = {**constants(kernel), **dict.fromkeys(absent), **({"PDL": pdl} if "PDL" in function.arg_names else {})}
-    types = dict(TYPES) if arch >= FIRST_PDL else {**TYPES, "fp8": "*u8"}
-    pointers = {p.name: types[p.dtype] for p in present}
-    signature = {name: pointers.get(name, "constexpr") for name in function.arg_names}
-    order = {name: at for at, name in enumerate(function.arg_names)}
-    aligned = {(order[p.name],): [["tt.divisibility", 16]] for p in present if p.aligned}
-    source = ASTSource(fn=function, signature=signature, constexprs=fixed, attrs=aligned)
+    present, _ = family.pointers(kernel)
+    pdl = arch >= FIRST_PDL and "PDL" in family.load(kernel.family).arg_names
+    source = ast_source(kernel, family, pdl, "*fp8e4nv" if arch >= FIRST_PDL else "*u8")
     made = triton.compile(source, target=GPUTarget("cuda", arch, 32),
                           options={**options(kernel), "launch_pdl": pdl, "enable_fp_fusion": True})
     info = made.metadata
@@ -129,6 +121,34 @@ def compile_one(kernel: Kernel, arch: int, family: Family) -> tuple[bytes, dict[
                                "pointers": len(present), "registers": registers, "stack": stack,
                                "loose": [i for i, p in enumerate(present) if not p.aligned],
                                "source": f"source/{family.module}.py"}
+
+
+def compile_hsaco(kernel: Kernel, arch: str) -> bytes:
+    """One kernel for an AMD card (gfx942, gfx950). It compiles; no runtime launches it and nobody has run it.
+
+    e4m3 weights come as bytes and are widened through fp16, so that cards with e4m3 of another kind (fnuz) read the
+    same files.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    source = ast_source(kernel, FAMILIES[kernel.family], False, "*u8")
+    made: bytes = triton.compile(source, target=GPUTarget("hip", arch, 64), options=options(kernel)).asm["hsaco"]
+    return made
+
+
+def ast_source(kernel: Kernel, family: Family, pdl: bool, fp8: str) -> Any:
+    """What Triton compiles: the function, its pointers' types, and everything else as constants."""
+    from triton.compiler import ASTSource
+
+    function = family.load(kernel.family)
+    present, absent = family.pointers(kernel)
+    fixed = {**constants(kernel), **dict.fromkeys(absent), **({"PDL": pdl} if "PDL" in function.arg_names else {})}
+    pointers = {p.name: {**TYPES, "fp8": fp8}[p.dtype] for p in present}
+    signature = {name: pointers.get(name, "constexpr") for name in function.arg_names}
+    order = {name: at for at, name in enumerate(function.arg_names)}
+    aligned = {(order[p.name],): [["tt.divisibility", 16]] for p in present if p.aligned}
+    return ASTSource(fn=function, signature=signature, constexprs=fixed, attrs=aligned)
 
 
 def resources(cubin: bytes) -> tuple[int, int]:
