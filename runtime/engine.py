@@ -146,9 +146,10 @@ class Engine:
         return len(self._live)
 
     def add_request(self, prompt: Sequence[int], params: SamplingParams, request_id: str | None = None,
-                    constraint: Constraint | None = None) -> str:
+                    constraint: Constraint | None = None, after: str | None = None) -> str:
         """Queue token ids; returns the request's id. `max_tokens` is clipped to what the context leaves.
 
+        `after`: the id of a request with the same prompt; this one starts when that prompt is computed and cached.
         `constraint` bounds each next token; it must allow an end token where the output may end.
         Raises UsageError for an empty prompt, unknown token ids or an id in use, CapacityError for a prompt longer
         than the context.
@@ -162,6 +163,8 @@ class Engine:
             raise CapacityError(f"the prompt has {len(prompt)} tokens, the context holds {self.config.context_length} "
                                 "with at least one new token; shorten the prompt, or use a larger --context-length")
         request = Request(name, prompt, params, min(room, params.max_tokens or room), self._arrivals)
+        first = None if after is None else self._live.get(after)
+        request.after = None if first is None else first.request
         self._scheduler.add(request)
         self._arrivals += 1
         sampler = Sampler(params, prompt, self.config.vocab_size, constraint)

@@ -96,7 +96,8 @@ class Request:
 
     cached: prompt tokens that the prefix cache had when it first ran, None before. kept: boundary of its last snapshot.
     cuts: where its chunks end for snapshots. lag: accepted tokens to compute again after refused drafts.
-    drafted, accepted: tokens guessed for it, and those that came true.
+    drafted, accepted: tokens guessed for it, and those that came true. after: another one with the same prompt, whose
+    prompt this one waits for to find it cached.
     """
 
     id: str
@@ -111,6 +112,7 @@ class Request:
     lag: int = 0
     drafted: int = 0
     accepted: int = 0
+    after: Request | None = None
     cuts: Cuts = field(default_factory=Cuts)
     table: BlockTable | None = None
     slot: int | None = None

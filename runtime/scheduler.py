@@ -147,9 +147,17 @@ class Scheduler:
         """Prompts in progress, then waiting requests that find a slot, the first of them also pages."""
         started = sorted((r for r in self.running if not r.decoding), key=lambda r: r.arrival)
         startable = max(0, min(self._slots.free, self.limits.max_running - len(self.running)))
-        if startable and self.waiting and not self._fits(self.waiting[0]):
+        ready = [request for request in self.waiting if not self._follows(request)]
+        if startable and ready and not self._fits(ready[0]):
             startable = 0
-        return started + self.waiting[:startable]
+        return started + ready[:startable]
+
+    def _follows(self, request: Request) -> bool:
+        """Whether a request waits for another one's prompt, which the prefix cache will have."""
+        first = request.after
+        if self._prefixes is None or first is None or first.finished:
+            return False
+        return first.computed < len(first.prompt)
 
     def _width(self, prompts: bool) -> int:
         """How many decode. With prompts at hand only as many as leave them the largest plan, or every other step."""

@@ -25,7 +25,7 @@ class EngineLike(Protocol):
     def unfinished(self) -> int: ...
 
     def add_request(self, prompt: Sequence[int], params: SamplingParams, request_id: str | None = None,
-                    constraint: Constraint | None = None) -> str: ...
+                    constraint: Constraint | None = None, after: str | None = None) -> str: ...
 
     def abort(self, request_id: str) -> Output | None: ...
 
@@ -41,6 +41,7 @@ class Ticket:
     params: SamplingParams
     constraint: Constraint | None
     wake: asyncio.Event
+    after: str | None = None
     outputs: list[Output] = field(default_factory=list)
     error: ApiError | None = None
     done: bool = False
@@ -98,10 +99,13 @@ class Bridge:
             raise overloaded(f"{self.live} requests run or wait and {self._limit} may; try again later", 1)
 
     def submit(self, prompt: Sequence[int], params: SamplingParams, constraint: Constraint | None,
-               wake: asyncio.Event) -> Ticket:
-        """Queue a request that was checked before. Raises ApiError 503 when too many wait."""
+               wake: asyncio.Event, after: Ticket | None = None) -> Ticket:
+        """Queue a request that was checked before; `after` has the same prompt and computes it for both.
+
+        Raises ApiError 503 when too many wait.
+        """
         self.check_open()
-        ticket = Ticket(f"r{next(self._numbers)}", prompt, params, constraint, wake)
+        ticket = Ticket(f"r{next(self._numbers)}", prompt, params, constraint, wake, None if after is None else after.id)
         self._tickets[ticket.id] = ticket
         self._idle.clear()
         if self._timeout is not None and self._loop is not None:
@@ -210,7 +214,8 @@ class Bridge:
         if ticket.done:  # the client left while it waited for this thread
             return
         try:
-            self._engine.add_request(ticket.prompt, ticket.params, ticket.id, ticket.constraint)
+            self._engine.add_request(ticket.prompt, ticket.params, ticket.id, ticket.constraint,
+                                     ticket.after)
         except QcnError as error:
             self._call(self._refuse, ticket, error)
 

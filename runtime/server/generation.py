@@ -109,6 +109,8 @@ class Usage:
     completion: int = 0
     reasoning: int = 0
     cached: int = 0
+    accepted: int = 0
+    refused: int = 0
 
 
 class _Stream:
@@ -136,7 +138,11 @@ class _Stream:
             for event in new:
                 joined.add(event)
             samples.extend(output.samples)
-            usage.cached += getattr(output, "cached", 0)
+            if output.timing is not None:
+                usage.accepted += output.timing.accepted
+                usage.refused += output.timing.drafted - output.timing.accepted
+            if self.index % self.job.choices == 0:  # prompt tokens are counted once, too
+                usage.cached += getattr(output, "cached", 0)
         if not samples and reason is None:
             return None
         events = joined.take()
@@ -183,8 +189,11 @@ class Generation:
         wanted = [(prompt, _nth(job.params, choice)) for prompt in job.prompts for choice in range(job.choices)]
         bridge.check_open(len(wanted))
         constraints = [None if job.constraint is None else job.constraint() for _ in wanted]
-        for (prompt, params), constraint in zip(wanted, constraints, strict=True):
-            ticket = bridge.submit(prompt, params, constraint, self._wake)
+        first: Ticket | None = None
+        for place, ((prompt, params), constraint) in enumerate(zip(wanted, constraints, strict=True)):
+            leads = place % job.choices == 0
+            ticket = bridge.submit(prompt, params, constraint, self._wake, None if leads else first)
+            first = ticket if leads else first
             self._streams.append(_Stream(len(self._streams), ticket, job))
 
     async def deltas(self) -> AsyncIterator[Delta]:

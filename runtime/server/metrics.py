@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily
+from prometheus_client.registry import Collector
 
 from qcn_compile.runtime.engine import Output
 from qcn_compile.runtime.server.bridge import Ticket
@@ -14,6 +16,16 @@ from qcn_compile.runtime.server.bridge import Ticket
 _TTFT = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _ITL = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1)
 _WINDOW = 5.0  # seconds behind the rate on the page
+
+
+class _Total(Collector):
+    """A counter whose number somebody else keeps."""
+
+    def __init__(self, name: str, text: str, read: Callable[[], float]) -> None:
+        self._name, self._text, self._read = name, text, read
+
+    def collect(self) -> Iterator[CounterMetricFamily]:
+        yield CounterMetricFamily(self._name, self._text, value=self._read())
 
 
 class Metrics:
@@ -35,6 +47,10 @@ class Metrics:
     def gauge(self, name: str, text: str, read: Callable[[], float]) -> None:
         """A number read when it is asked for."""
         Gauge(name, text, registry=self._registry).set_function(read)
+
+    def count(self, name: str, text: str, read: Callable[[], float]) -> None:
+        """A total that is kept elsewhere, read when it is asked for."""
+        self._registry.register(_Total(name, text, read))
 
     def observe(self, ticket: Ticket, output: Output, now: float) -> None:
         """One output of a request reached the event loop."""

@@ -27,7 +27,9 @@ def usage_reply(usage: Usage) -> dict[str, Any]:
     return {"prompt_tokens": usage.prompt, "completion_tokens": usage.completion,
             "total_tokens": usage.prompt + usage.completion,
             "prompt_tokens_details": {"cached_tokens": usage.cached},
-            "completion_tokens_details": {"reasoning_tokens": usage.reasoning}}
+            "completion_tokens_details": {"reasoning_tokens": usage.reasoning,
+                                          "accepted_prediction_tokens": usage.accepted,
+                                          "rejected_prediction_tokens": usage.refused}}
 
 
 def token_text(tokenizer: Tokenizer, token: int) -> tuple[str, list[int]]:

@@ -49,6 +49,7 @@ class Service:
         self._occupancy = occupancy
         self.bridge = Bridge(engine, occupancy()[1], config.max_queued, config.request_timeout, self.metrics.observe)
         self.started = time.time()
+        self._speculation = getattr(engine, "speculation", None)
         self.tool_parser = self._choose_tool_parser()
         self.reasoning_parser = self._choose_reasoning_parser()
         eos = tokenizer.defaults.eos_token_ids
@@ -165,6 +166,9 @@ class Service:
                 ("qcn_kv_pages_used", "KV pages in use", lambda: self.occupancy().pages_used),
                 ("qcn_kv_pages", "KV pages there are", lambda: self.occupancy().pages)):
             self.metrics.gauge(name, text, read)
+        if (speculation := self._speculation) is not None:
+            self.metrics.count("qcn_draft_tokens", "Tokens drafted", lambda: speculation.drafted)
+            self.metrics.count("qcn_accepted_tokens", "Drafted tokens that came true", lambda: speculation.accepted)
         self.metrics.gauge("qcn_kv_usage_ratio", "Share of KV pages in use",
                            lambda: self.occupancy().pages_used / max(1, self.occupancy().pages))
 

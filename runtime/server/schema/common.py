@@ -70,6 +70,8 @@ class PromptDetails(BaseModel):
 
 class CompletionDetails(BaseModel):
     reasoning_tokens: int = 0
+    accepted_prediction_tokens: int = 0
+    rejected_prediction_tokens: int = 0
 
 
 class UsageReply(BaseModel):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
-from prefix_harness import OPEN, VOCAB, answer, collect, engine, finish, policy
+from prefix_harness import OPEN, PAGE, VOCAB, answer, collect, engine, finish, policy
 
 from qcn_compile.runtime.request import SamplingParams
 
@@ -156,3 +156,28 @@ def test_chunks_end_at_messages():
     assert plain.must == (30, 48) and rules.cut(plain, 30, 15, 50) == 14  # to the end of a page
     closers = policy(openers=frozenset(), closers=frozenset({9}))
     assert closers.plan([1, 1, 1, 1, 9, 1, 1, 1], 0, 0).must == (5,)
+
+
+@pytest.mark.parametrize("setting", [{}, {"slots": 2}, {"prefill_chunk": 8}, {"pages": 100, "slots": 3}], ids=str)
+def test_several_answers_to_a_prompt_compute_it_once(setting):
+    rng = random.Random(7)
+    prompt = [rng.randrange(1, OPEN) for _ in range(130)]
+    params = [SamplingParams(temperature=0.5, seed=i, max_tokens=20, ignore_eos=True) for i in range(5)]
+    e, plain = engine(**setting), engine(snapshots=None)
+    e.add_request(prompt, params[0], "first")
+    for i, p in enumerate(params[1:]):
+        e.add_request(prompt, p, f"more-{i}", after="first")
+    got = finish(e)
+    assert [got[name][0] for name in ("first", *(f"more-{i}" for i in range(4)))] == [
+        answer(plain, prompt, p)[0] for p in params]
+    assert e.runner.computed <= 130 + 5 * (20 + PAGE)
+
+
+def test_a_follower_runs_when_its_first_is_gone():
+    e, params = engine(), SamplingParams(temperature=0, max_tokens=5)
+    e.add_request([5] * 100, params, "first")
+    e.add_request([5] * 100, params, "more", after="first")
+    e.abort("first")
+    assert finish(e)["more"][0] == answer(engine(snapshots=None), [5] * 100, params)[0]
+    e.add_request([6] * 100, SamplingParams(max_tokens=5), "late", after="nobody")
+    assert "late" in finish(e)

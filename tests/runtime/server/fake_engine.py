@@ -39,7 +39,7 @@ class FakeEngine:
         used = min(self.slots, len(self._live))
         return used, self.slots, used, self.slots
 
-    def add_request(self, prompt, params, request_id=None, constraint=None):
+    def add_request(self, prompt, params, request_id=None, constraint=None, after=None):
         self.seen.append((list(prompt), params))
         tokens = [*self._tokenizer.encode(self.reply(prompt, params)), self._eos]
         detokenizer = Detokenizer(self._tokenizer.token_bytes, params.stop, params.include_stop)
