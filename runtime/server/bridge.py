@@ -105,7 +105,8 @@ class Bridge:
         Raises ApiError 503 when too many wait.
         """
         self.check_open()
-        ticket = Ticket(f"r{next(self._numbers)}", prompt, params, constraint, wake, None if after is None else after.id)
+        first = None if after is None else after.id
+        ticket = Ticket(f"r{next(self._numbers)}", prompt, params, constraint, wake, first)
         self._tickets[ticket.id] = ticket
         self._idle.clear()
         if self._timeout is not None and self._loop is not None:
