@@ -152,7 +152,12 @@ def diff(a: Build, b: Build) -> dict[str, Any]:
 
 
 def _counts(build: Build) -> dict[str, int]:
-    return {f"{i:02d} {name}": after for i, (name, _, after) in enumerate(build.report["passes"], 1)}
+    """Ops after each pass; the second canonicalize is "canonicalize 2", wherever another pass was put before it."""
+    table: dict[str, int] = {}
+    for name, _, after in build.report["passes"]:
+        times = sum(key.split(" ")[0] == name for key in table) + 1
+        table[name if times == 1 else f"{name} {times}"] = after
+    return table
 
 
 def _flat(data: dict[str, Any]) -> dict[str, Any]:
