@@ -1,0 +1,90 @@
+"""Predicted against measured times: python -m tests.bench.cost_model
+
+The measured ones are those of docs/performance.md (GPU: one H200, commit 162a4ab; CPU: 2 virtual cores of an AMD EPYC
+with AVX-512, commit 5a30672; 2026-11-23). The efficiencies were fitted to them, so the errors tell how well one set of
+numbers describes all points, not how well it would foresee another card.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import qcn_compile
+from qcn_compile.planning.formats import schemes
+from qcn_compile.planning.predict import Predictor
+from qcn_compile.planning.shape import ModelShape, shape_of
+from qcn_compile.planning.work import Step
+from qcn_compile.targets.cost import cost
+from qcn_compile.targets.layout import Layout
+from qcn_compile.targets.spec import Figure, Hardware, hardware
+
+CODER = Path(qcn_compile.__file__).parent / "assets/qwen3-coder-next/config.json"
+
+
+@dataclass(frozen=True)
+class Point:
+    """A measured time and the one predicted for it, in ms."""
+
+    name: str
+    measured: float
+    predicted: float
+
+    @property
+    def error(self) -> float:
+        return self.predicted / self.measured - 1
+
+
+def predictor(kind: str, quant: str, shape: ModelShape, chip: Hardware) -> Predictor:
+    """Of one chip."""
+    return Predictor(shape, next(s for s in schemes(kind) if s.name == quant), Layout(), chip)
+
+
+def points() -> Iterator[Point]:
+    """Whole steps, then single kernels."""
+    config = json.loads(CODER.read_text())
+    gpu = predictor("gpu", "fp8", shape_of(config), hardware("h200"))
+    steps = [("decode, batch 1", 2.14, Step.decode(1, 1024)), ("decode, batch 8", 8.39, Step.decode(8, 1024)),
+             ("prefill 2048", 134, Step(2048, 1, 1, 0)), ("time to first token, 1024", 79, Step(1024, 1, 1, 0))]
+    for name, measured, step in steps:
+        yield Point(f"H200 fp8, {name}", measured, gpu.step(step).seconds * 1e3)
+    yield from _kernels(gpu)
+    small = shape_of({**config, "num_hidden_layers": 12, "num_experts": 64, "num_experts_per_tok": 8,
+                      "vocab_size": 32768})  # the model of tests/bench/cpu_vs_llama.py
+    both = hardware("host")
+    one = replace(both, bandwidth=Figure(36.7, "docs/performance.md"), flops=_half(both.flops),
+                  rates={"int8": _half(both.rates["int8"])})
+    for threads, chip, decode, prefill in ((1, one, 67.1, 339), (2, both, 95.7, 642)):
+        cpu = predictor("cpu", "int4", small, chip)
+        yield Point(f"CPU int4, decode, {threads} threads", 1e3 / decode, cpu.step(Step.decode(1, 560)).seconds * 1e3)
+        yield Point(f"CPU int4, prefill 512, {threads} threads", 512e3 / prefill, cpu.first_token(512) * 1e3)
+
+
+def _half(figure: Figure | None) -> Figure:
+    assert figure is not None
+    return Figure(figure.value / 2, figure.source)
+
+
+def _kernels(gpu: Predictor) -> Iterator[Point]:
+    """Microseconds of single ops of a step of one token, as ms."""
+    measured = {("in_proj", 36): 8.21, ("in_proj", 12): 6.69, ("out_proj", 36): 4.27, ("lm_head", 1): 73.3,
+                ("router", 48): 1.96, ("experts", 48): 16.57, ("delta", 36): 4.85}
+    fixed = cost([], gpu.chip, 1).seconds
+    for item in gpu._work(Step.decode(1, 1024)):
+        if (item.role, item.count) in measured:
+            seconds = cost([replace(item, count=1)], gpu.chip, 1).seconds - fixed
+            yield Point(f"H200 fp8, one {item.role} of {item.count}", measured[item.role, item.count] / 1e3,
+                        seconds * 1e3)
+
+
+def main() -> None:
+    """A table, worst error last."""
+    print(f"{'':38} {'measured ms':>12} {'predicted':>10} {'error':>7}")
+    for point in sorted(points(), key=lambda p: abs(p.error)):
+        print(f"{point.name:38} {point.measured:12.4f} {point.predicted:10.4f} {point.error:+7.1%}")
+
+
+if __name__ == "__main__":
+    main()
