@@ -108,7 +108,8 @@ class Job:
         assert traced.weights is not None
         self.source = traced.weights
         activations = "int8" if self.target.kind == "cpu" else "f32"
-        graph = Pipeline.default("bf16", quant, activations).run(traced.main, PassContext(target=self.target))
+        pipeline = Pipeline.default(base="bf16", quant=quant, activations=activations)
+        graph = pipeline.run(traced.main, PassContext(target=self.target))
         keys = dict.fromkeys(k for bucket in buckets_for(self.target.kind)
                              for k in blobs_of(schedule(graph, bucket, self.target)))
         self.files: list[WeightFile] = plan_files(name_blobs(keys), self.target)
