@@ -184,6 +184,7 @@ class Trial:
         self.arrays = {"cu_seqlens": np.cumsum([0, *lengths]), "context_lens": contexts, "block_table": table,
                        "slots": self.rng.permutation(self.slots)[:count],
                        "token_seq": np.repeat(np.arange(count), lengths),
+                       "last": np.zeros(self.slots),
                        "counts": [self.sizes["T"], count, self.sizes["R"], wide]}
         for name, data in self.arrays.items():
             self._store(f"input {name}", np.asarray(data, np.int32))
