@@ -37,7 +37,8 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--weights", choices=["copied", "late", "dummy"],
                      help="copied into the build (default), bound from the checkpoint by qcn-run --model (late), or "
                      "random, for measuring (dummy); late and dummy are for GPU targets")
-    top.add_argument("--tp", type=int, default=1, metavar="N", help="GPUs to split the model over (only 1 so far)")
+    top.add_argument("--tp", type=int, metavar="N", help="ranks to split the model over (default: 1, or --ep)")
+    top.add_argument("--ep", type=int, default=1, metavar="M", help="groups among them that hold whole experts")
     top.add_argument("--mtp", action="store_true", help="also build the MTP draft head")
     top.add_argument("--force", action="store_true", help="replace an output directory that is no build of ours")
     top.add_argument("--json", action="store_true", help="print the result as one JSON object")
@@ -68,8 +69,6 @@ def _run(args: argparse.Namespace) -> int:
     from qcn_compile.pipeline import Tracing
     from qcn_compile.plugins import load_plugins
 
-    if args.tp != 1:
-        raise UsageError(f"--tp {args.tp}: builds are for one GPU or CPU so far; leave --tp out")
     if args.emit == "onnx":
         return _emit_onnx(args)
     load_plugins(args.plugin)  # they may bring passes that other flags name
@@ -78,7 +77,8 @@ def _run(args: argparse.Namespace) -> int:
             raise UsageError(f"no pass named {name!r}; known: {', '.join(sorted(REGISTRY))}")
     tracing = Tracing(args.verify, tuple(filter(None, [args.print_ir_after])), args.dump_dir, args.stop_after)
     options = Options(dtype=args.dtype, quant=args.quant, activations=args.activations, mcpu=args.mcpu,
-                      context_length=args.context_length, mtp=args.mtp, weights=args.weights, force=args.force,
+                      context_length=args.context_length, mtp=args.mtp, weights=args.weights,
+                      tp=args.ep if args.tp is None else args.tp, ep=args.ep, force=args.force,
                       tracing=tracing, disabled=tuple(args.disable_pass), plugins=tuple(args.plugin))
     if args.stop_after:
         return _stop_after(args, options)

@@ -43,6 +43,7 @@ class InputArrays:
         tokens = max(c.tokens for c in capacities)
         sequences = max(c.sequences for c in capacities)
         self._width = table_width
+        self._pages: list[int] = []  # of each sequence of the step
         sizes = {"counts": 4, "tokens": tokens, "positions": tokens, "token_seq": tokens, "cu_seqlens": sequences + 1,
                  "context_lens": sequences, "slots": sequences, "block_table": sequences * table_width,
                  "rows": max(c.rows for c in capacities)}
@@ -52,6 +53,7 @@ class InputArrays:
         """Write a step that is known to fit. Returns R, the number of wanted rows."""
         arrays, width = self.arrays, self._width
         start = rows = 0
+        self._pages = [len(span.pages) for span in spans]
         for index, span in enumerate(spans):
             count = len(span.tokens)
             stop, row = start + count, rows + span.wanted
@@ -67,3 +69,26 @@ class InputArrays:
         arrays["cu_seqlens"][len(spans)] = start
         arrays["counts"][:] = (start, len(spans), rows, width)
         return rows
+
+    def packed(self) -> np.ndarray:
+        """The step as one i32 array, for other ranks: pages of each sequence, then what is used of every array."""
+        return np.concatenate([self.arrays["counts"], np.array(self._pages, np.int32), *self._used()])
+
+    def unpack(self, data: np.ndarray) -> None:
+        """Write the step that `packed` made."""
+        self.arrays["counts"][:] = data[:4]
+        sequences = int(data[1])
+        self._pages = data[4:4 + sequences].tolist()
+        at = 4 + sequences
+        for view in self._used():
+            view[:] = data[at:at + len(view)]
+            at += len(view)
+
+    def _used(self) -> list[np.ndarray]:
+        """Views of what the step uses of the arrays, but `counts`."""
+        tokens, sequences, rows, width = (int(n) for n in self.arrays["counts"])
+        sizes = {"tokens": tokens, "positions": tokens, "token_seq": tokens, "cu_seqlens": sequences + 1,
+                 "context_lens": sequences, "slots": sequences, "rows": rows}
+        table = self.arrays["block_table"]
+        return [*(self.arrays[name][:size] for name, size in sizes.items()),
+                *(table[i * width:i * width + count] for i, count in enumerate(self._pages))]

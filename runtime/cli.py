@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from qcn_compile.errors import QcnError, UsageError
-from qcn_compile.runtime.checkpoint import Checkpoint, add_checkpoint_flags, find_checkpoint
+from qcn_compile.runtime.checkpoint import Checkpoint, add_checkpoint_flags, check_layout, find_checkpoint
 from qcn_compile.runtime.prefix.options import add_prefix_flags, prefix_options
 from qcn_compile.runtime.server.flags import add_server_flags, cache_budget
 from qcn_compile.runtime.server.sglang import add_sglang_flags, check_sglang_flags
@@ -151,6 +151,8 @@ def _load(arguments: argparse.Namespace, checkpoint: Checkpoint | None) -> Model
     prefix, speculation = prefix_options(arguments), speculation_options(arguments)
     if checkpoint is not None:
         checkpoint.compile()
+    else:
+        check_layout(arguments.build, arguments.tp, arguments.ep)
     running, chunk = arguments.max_running_requests, arguments.prefill_chunk
     if running is None:
         running = RUNNING if arguments.port is None and arguments.batch is None else SERVED

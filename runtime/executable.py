@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
-from qcn_compile.artifact import Arg, Manifest, Plan, Route, read_plan
+from qcn_compile.artifact import Arg, Launch, Manifest, Plan, Route, read_plan
 from qcn_compile.errors import ArtifactError, CapacityError, DeviceError
 from qcn_compile.runtime.batch import Capacity, InputArrays, Span
+from qcn_compile.runtime.communicator import SharedMemory
 from qcn_compile.runtime.device import ANY, LAUNCH, POINTER, CpuDevice, address, allocate
 from qcn_compile.runtime.memory import MemoryPlan, page_part_bytes
-from qcn_compile.runtime.prefix.rows import CacheRows
+from qcn_compile.runtime.prefix.rows import CacheRows, Rows
 from qcn_compile.runtime.profile import Profile
 from qcn_compile.runtime.routing import Routing
 from qcn_compile.runtime.weights import Weights
+
+
+class Team(Protocol):
+    """The other ranks of a build, as rank 0 sees them. `on_failure` is called from a thread when one dies."""
+
+    on_failure: Callable[[DeviceError], None]
+
+    def step(self, plan: str, inputs: np.ndarray) -> None:
+        """Let them run the step that rank 0 is about to run."""
+        ...
+
+    def close(self) -> None: ...
 
 
 class Addressed(Protocol):
@@ -48,6 +61,7 @@ class Plans:
         self.workspace_bytes = max(plan.workspace_bytes for plan in plans)
         self.profile: Profile | None = None
         self.routing: Routing | None = None
+        self.team: Team | None = None  # the other ranks, which run every step of rank 0, too
 
     @property
     def capacities(self) -> tuple[Capacity, ...]:
@@ -100,9 +114,9 @@ class Executable(Plans):
     """Runs the plans on the CPU over caches of its own. Plans are bound to addresses on first use."""
 
     def __init__(self, build: Path, manifest: Manifest, device: CpuDevice, weights: Weights,
-                 memory: MemoryPlan) -> None:
+                 memory: MemoryPlan, communicator: SharedMemory | None = None) -> None:
         super().__init__(build, manifest, memory)
-        self._device, self._weights = device, weights
+        self._device, self._weights, self._communicator = device, weights, communicator
         self._tables: dict[str, tuple[np.ndarray, list[np.ndarray]]] = {}
         self._workspace = allocate(self.workspace_bytes)
         self._base = address(self._workspace)
@@ -111,7 +125,7 @@ class Executable(Plans):
         self._caches = {key: address(array) for key, array in self._memory_of_caches.items()}
         states = [array for (_, part), array in self._memory_of_caches.items() if not part]
         pages = [array for (_, part), array in self._memory_of_caches.items() if part]
-        self.rows = CacheRows([array.reshape(memory.pages, -1) for array in pages],
+        self.rows: Rows = CacheRows([array.reshape(memory.pages, -1) for array in pages],
                               [array.reshape(memory.all_slots, -1) for array in states])
 
     def run(self, spans: Sequence[Span]) -> np.ndarray:
@@ -121,19 +135,32 @@ class Executable(Plans):
         """
         plan = self.select(sum(len(s.tokens) for s in spans), len(spans), sum(s.wanted for s in spans))
         rows = self._inputs.fill(spans)
+        if self.team is not None:
+            self.team.step(plan.name, self._inputs.packed())
+        self._launch(plan)
+        output = plan.outputs["logits"]
+        start, width = output["offset"], output["width"]
+        logits = self._workspace[start:start + 4 * rows * width].view(np.float32).reshape(rows, width)
+        return logits[:, :self._vocab]
+
+    def follow(self, name: str, step: np.ndarray) -> None:
+        """Run a step of rank 0: the plan of that name on its packed inputs."""
+        self._inputs.unpack(step)
+        self._launch(next(plan for plan in self._plans if plan.name == name))
+
+    def _launch(self, plan: Plan) -> None:
+        """All launches of a plan on the inputs as they are."""
         table = self._bound(plan)
         seconds = None if self.profile is None else np.zeros(len(table))
         failed = self._device.run(table, seconds) if self.routing is None else self._watched(plan, table, seconds)
         if failed >= 0:
             launch = plan.launches[failed]
+            if launch.collective is not None:
+                raise DeviceError(self._device.error())
             raise DeviceError(f"kernel {launch.kernel} of op {launch.op} ({launch.location}) failed in plan {plan.name}"
                               f": {self._device.error()}; check the build with qcn-run --verify, or build it again")
         if self.profile is not None and seconds is not None:
             self.profile.add(plan, seconds)
-        output = plan.outputs["logits"]
-        start, width = output["offset"], output["width"]
-        logits = self._workspace[start:start + 4 * rows * width].view(np.float32).reshape(rows, width)
-        return logits[:, :self._vocab]
 
     def _watched(self, plan: Plan, table: np.ndarray, seconds: np.ndarray | None) -> int:
         """The launches with a halt after every router, whose choices are counted; what `CpuDevice.run` returns."""
@@ -167,11 +194,19 @@ class Executable(Plans):
             table = np.zeros(len(plan.launches), LAUNCH)
             keep = []
             for row, launch in zip(table, plan.launches, strict=True):
-                args = np.zeros(len(launch.args), ANY)
+                row["function"], first = self._function(launch)
+                args = np.zeros(len(first) + len(launch.args), ANY)
                 args["type_index"] = POINTER
-                args["pointer"] = [self._pointer(arg, plan) for arg in launch.args]
-                row["function"] = self._device.symbol(launch.kernel)
+                args["pointer"] = [*first, *(self._pointer(arg, plan) for arg in launch.args)]
                 row["args"], row["n_args"] = address(args), len(args)
                 keep.append(args)
             self._tables[plan.name] = table, keep
         return self._tables[plan.name][0]
+
+    def _function(self, launch: Launch) -> tuple[int, list[int]]:
+        """Address of what a launch calls, and pointers that come before its arguments."""
+        if launch.collective is None:
+            return self._device.symbol(launch.kernel), []
+        if self._communicator is None:
+            raise ArtifactError(f"{launch.op}: a plan of several ranks was loaded for one; build again")
+        return self._device.host.ranks_launch, [self._communicator.descriptor(launch.collective)]

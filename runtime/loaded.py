@@ -27,6 +27,7 @@ from qcn_compile.runtime.prefix.build import prefix_cache
 from qcn_compile.runtime.prefix.options import PrefixOptions
 from qcn_compile.runtime.prefix.rows import Rows
 from qcn_compile.runtime.ragged import RaggedSequences
+from qcn_compile.runtime.ranks.cpu import open_ranks
 from qcn_compile.runtime.request import SamplingParams
 from qcn_compile.runtime.routing import Routing, check
 from qcn_compile.runtime.speculation.options import SpeculationOptions
@@ -69,6 +70,8 @@ def load(build: str | PathLike[str], *, context_length: int | None = None, max_r
     try:
         loaded = Model(path, manifest, device, executable, memory, prefill_chunk, prefix, speculation)
     except (QcnError, OSError):
+        if executable.team is not None:
+            executable.team.close()
         device.close()
         raise
     loaded.load_seconds = time.perf_counter() - started
@@ -78,6 +81,8 @@ def load(build: str | PathLike[str], *, context_length: int | None = None, max_r
 def _open_cpu(path: Path, manifest: Manifest, memory: MemoryPlan, threads: int, pin: bool, huge_pages: bool,
               report: Report | None) -> tuple[CpuDevice, Executable]:
     check_processor(manifest.target)
+    if manifest.ranks:
+        return open_ranks(path, manifest, memory, threads, pin, huge_pages, report)
     device = CpuDevice(path, manifest.libraries, threads, pin)
     try:
         weights = Weights(path, manifest.weights, huge_pages, report)
@@ -202,6 +207,8 @@ class Model:
         self.engine.abort_all()
         if self.engine.prefixes is not None:
             self.engine.prefixes.close()
+        if self.executable.team is not None:
+            self.executable.team.close()
         self._device.close()
         if self.executable.routing is not None:
             self.executable.routing.write()

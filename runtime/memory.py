@@ -73,6 +73,7 @@ def plan_memory(manifest: Manifest, context_length: int | None, max_running: int
     slot_bytes = sum(cache.unit_bytes for cache in manifest.caches if cache.kind != "kv")
     each = -(-context // manifest.page_size)
     limit = int(_memory_bytes() * DEFAULT_SHARE) if budget is None else budget
+    limit //= max(1, len(manifest.ranks))  # CPU ranks share the machine
     if prefix is not None and prefix.states is not None:
         max_running = min(max_running, prefix.states)
     backups = max_running if speculate else 0

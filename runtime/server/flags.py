@@ -24,7 +24,8 @@ def cache_budget(arguments: argparse.Namespace) -> int | None:
     manifest = read_manifest(arguments.build)
     if manifest.target.get("kind") == "gpu":
         raise UsageError("--mem-fraction-static: not built yet for GPU builds; use --cache-memory GB")
-    weights = sum((arguments.build / name).stat().st_size for name in manifest.weights.get("files", ()))
+    files = [name for part in manifest.ranks or (manifest,) for name in part.weights.get("files", ())]
+    weights = sum((arguments.build / name).stat().st_size for name in files)
     return max(0, int(_memory_bytes() * share) - weights)
 
 

@@ -123,6 +123,7 @@ static int reduce(QcnRanks* r, const float* x, float* y, int64_t n) {
 /* x [rows, width] of every rank -> y [rows, ranks*width]; as many rows at a time as a slot holds. */
 static int gather(QcnRanks* r, const char* x, char* y, int64_t rows, int64_t width) {
   int64_t most = r->capacity / width;
+  if (most < 1) return refuse(r, "one row of an all_gather is larger than a slot");
   for (int64_t at = 0; at < rows;) {
     int64_t count = rows - at < most ? rows - at : most;
     int parity = meet(r, ALL_GATHER, x + at * width, count * width);

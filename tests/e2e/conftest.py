@@ -20,6 +20,8 @@ VARIANTS: dict[str, dict[str, object]] = {
     "bf16": {"dtype": "bf16", "quant": "none"},
     "int8": {"dtype": "bf16", "quant": "int8"},
     "int4": {"dtype": "bf16", "quant": "int4"},
+    "fp32-tp2": {"dtype": "fp32", "quant": "none", "tp": 2},
+    "fp32-tp4-ep2": {"dtype": "fp32", "quant": "none", "tp": 4, "ep": 2},
     "int4-f32": {"dtype": "bf16", "quant": "int4", "activations": "fp32"},
 }
 
