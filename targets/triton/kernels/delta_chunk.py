@@ -1,7 +1,7 @@
 """Gated DeltaNet over many tokens: the delta rule in chunks of CH tokens on tensor cores (WY form; Yang et al.,
 "Parallelizing Linear Transformers with the Delta Rule over Sequence Length", 2024, with decay).
 
-Chunks lie on the flat batch, so a chunk may hold parts of several sequences: whatever would couple two of them is masked.
+Chunks lie on the flat batch, so a chunk may hold parts of several sequences: what would couple two of them is masked.
 In a chunk, per value head, with G the running sum of log decays of the own sequence, b = beta, and k, q normalised:
     A = tril(b_i (k_i . k_j) exp(G_i - G_j), -1)      M = (I + A)^-1       P = tril((q_i . k_j) exp(G_i - G_j))
     U = M (b v)      W = M (b exp(G) k)               `delta_solve`, all chunks at once

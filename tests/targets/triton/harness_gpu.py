@@ -10,7 +10,6 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from qcn_compile.ir import fp8
 from qcn_compile.ir import ops as _ops  # noqa: F401  (fills the op table)
 from qcn_compile.ir.batch import Batch, Caches
 from qcn_compile.ir.encoding import Encoding, dequantize, from_bf16, quantize, to_bf16
@@ -190,7 +189,7 @@ class Trial:
         self.slots = count + 2
         self.arrays = {"cu_seqlens": np.cumsum([0, *lengths]), "context_lens": contexts, "block_table": table,
                        "slots": self.rng.permutation(self.slots)[:count],
-                       "token_seq": np.repeat(np.arange(count), lengths),
+                       "last": [0] * self.slots, "token_seq": np.repeat(np.arange(count), lengths),
                        "counts": [self.sizes["T"], count, self.sizes["R"], wide]}
         for name, data in self.arrays.items():
             self._store(f"input {name}", np.asarray(data, np.int32))
@@ -340,7 +339,7 @@ def through_e4m3(x: np.ndarray) -> np.ndarray:
     for start in range(0, x.shape[1], 128):
         group = x[:, start:start + 128]
         scale = np.maximum(np.abs(group).max(1, keepdims=True), 1e-12) / np.float32(448)
-        out[:, start:start + 128] = fp8.VALUES[fp8.to_e4m3(group / scale)] * scale
+        out[:, start:start + 128] = torch.from_numpy(group / scale).to(torch.float8_e4m3fn).float().numpy() * scale
     return out
 
 

@@ -18,7 +18,8 @@ from qcn_compile.targets.triton.families import FAMILIES
 from qcn_compile.targets.triton.target import GpuTarget
 
 PREFILL = Bucket("prefill-512", 512, 256, 512)
-LOCAL = ("rope_table",)  # sine and cosine of large angles keep a table in local memory
+# sine and cosine of large angles keep a table in local memory; the others fill all registers and keep a few numbers
+LOCAL = ("rope_table", "delta_solve", "attention_prefill")
 CARDS = ("a100", "h100", "b200")
 
 
@@ -88,7 +89,8 @@ def test_every_case_compiles(card: str, tmp_path: Path) -> None:
 def test_every_family_has_a_case() -> None:
     target = GpuTarget("h100")
     tried = {call.kernel.family for case, _ in every() for _, call in case.lower(target)}
-    assert tried == set(FAMILIES)
+    sampling = {name for name in FAMILIES if FAMILIES[name].module == "sample"}  # test_sample.py
+    assert tried | sampling == set(FAMILIES)
 
 
 def test_bytes_repeat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,7 +104,7 @@ def test_bytes_repeat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_limits_and_failures_name_the_kernel(tmp_path: Path) -> None:
     kernel = full_size(DECODE_1)[0]
-    with pytest.raises(LoweringError, match=f"{kernel.symbol} needs 300000 bytes of shared memory, a100 has 166912"):
+    with pytest.raises(LoweringError, match=f"{kernel.symbol} needs 300000 bytes of shared memory, a100-80 has 166912"):
         check_limits(kernel, {"shared": 300_000}, hardware("a100"))
     broken = Kernel.make("gather_rows", D=3, BD=3, SX=3)  # a block that is no power of two
     with pytest.raises(LoweringError, match="gather_rows_BD3_D3_SX3: Triton cannot compile it for sm_90"):
