@@ -64,7 +64,7 @@ class Ref:
     """A kernel argument before memory is planned.
 
     operand `index` | result `index` | scratch `name` of `bytes` | blob: weight operand `index`, packed as `layout`,
-    `part` of it | state: the cache named by attribute `name`, `part` (k, v or "") | input: runtime array `name`
+    `part` of it, of the op `owner` where it is not the one that is lowered | state: the cache named by attribute `name`, `part` (k, v or "") | input: runtime array `name`
     """
 
     kind: str
@@ -73,6 +73,7 @@ class Ref:
     part: str = ""
     layout: str = ""
     bytes: int = 0
+    owner: Op | None = None
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ class OpSpec:
     infer(*types, **attrs): result type or tuple of types, from operand types (None for an absent operand).
     effects: for each attribute that names a state, what the op does to it: "r", "w" or "rw".
     flops(types, result_types, attrs, sizes): FLOPs; the default counts one per result element.
-    touched(types, sizes): share of an operand that is read, by index, where it is not all of it (a table, experts).
+    touched(types, sizes, attrs): share of an operand that is read, by index, where it is not all of it (a table, experts).
     """
 
     name: str
@@ -63,12 +63,12 @@ class OpSpec:
     flops: Callable[..., int] | None = None
     commutative: bool = False
     doc: str = ""
-    touched: Callable[[list[Type | None], dict[str, int]], dict[int, float]] | None = None
+    touched: Callable[[list[Type | None], dict[str, int], dict[str, Any]], dict[int, float]] | None = None
 
     def cost(self, operands: list[Type | None], results: list[Type], attrs: dict[str, Any],
              sizes: dict[str, int]) -> Cost:
         """FLOPs and bytes, every operand (or the part that is touched) read once and every result written once."""
-        share = self.touched(operands, sizes) if self.touched else {}
+        share = self.touched(operands, sizes, attrs) if self.touched else {}
         read = sum(int(share.get(i, 1.0) * t.bytes(sizes)) for i, t in enumerate(operands) if isinstance(t, TensorType))
         written = sum(t.bytes(sizes) for t in results if isinstance(t, TensorType))
         if self.flops is not None:

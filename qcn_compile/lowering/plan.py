@@ -24,7 +24,7 @@ def blobs_of(schedule: Schedule) -> dict[BlobKey, None]:
     for step in schedule.steps:
         for ref in step.call.args:
             if ref.kind == "blob":
-                keys[blob_key(step.op, ref)] = None
+                keys[blob_key(ref.owner or step.op, ref)] = None
     return keys
 
 
@@ -64,7 +64,7 @@ def _argument(schedule: Schedule, op: Op, ref: Ref, offsets: Mapping[Key, int],
     if ref.kind == "scratch":
         return Arg("workspace", offset=offsets[id(op), ref.name])
     if ref.kind == "blob":
-        return Arg("weight", f"{names[blob_key(op, ref)]}.{ref.part}")
+        return Arg("weight", f"{names[blob_key(ref.owner or op, ref)]}.{ref.part}")
     if ref.kind == "state":
         state = op.attrs.get(ref.name)
         if not isinstance(state, StateRef):

@@ -79,6 +79,9 @@ def schedule(graph: Graph, bucket: Bucket, target: Target) -> Schedule:
         operands = [_operand(v, result) for v in op.operands]
         for call in target.lower(op, operands, [v.tensor for v in op.results], bucket):
             result.steps.append(Step(op, call))
+    if (arrange := getattr(target, "arrange", None)) is not None:  # a target may tie launches to later ones
+        calls = arrange([(step.op, step.call) for step in result.steps], bucket)
+        result.steps = [Step(step.op, call) for step, call in zip(result.steps, calls, strict=True)]
     return result
 
 
@@ -111,7 +114,7 @@ def work(op: Op, states: dict[str, StateType], bucket: Bucket) -> tuple[int, int
     """(bytes, FLOPs) of an op at the bucket's capacity: weights at their stored width, states read and written."""
     spec, types = row(op.name), [v.type if v else None for v in op.operands]
     cost = spec.cost(types, [v.type for v in op.results], dict(op.attrs), bucket.sizes)
-    share = spec.touched(types, bucket.sizes) if spec.touched else {}
+    share = spec.touched(types, bucket.sizes, dict(op.attrs)) if spec.touched else {}
     bytes_ = cost.bytes
     for index, value in enumerate(op.operands):
         encoding = encoding_of(value) if value is not None else None

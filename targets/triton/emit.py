@@ -29,7 +29,7 @@ from qcn_compile.targets.triton.families import FAMILIES, constants, options
 
 INDEX = "kernels.json"
 PACKAGE = "qcn_compile.targets.triton.kernels"
-TYPES = {"bf16": "*bf16", "f32": "*fp32", "i32": "*i32", "fp8": "*fp8e4nv"}
+TYPES = {"bf16": "*bf16", "f32": "*fp32", "i32": "*i32", "fp8": "*fp8e4nv", "u8": "*u8"}
 FIRST_PDL = 90  # programmatic dependent launch starts with this architecture, as do e4m3 registers
 _RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)")
 Progress = Callable[[int, int], None]

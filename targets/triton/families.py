@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from qcn_compile.targets.base import Kernel, Param
 
 OPTIONS = ("WARPS", "STAGES", "REGISTERS")
-ITEMSIZE = {"bf16": 2, "f32": 4, "i32": 4, "fp8": 1}
+ITEMSIZE = {"bf16": 2, "f32": 4, "i32": 4, "fp8": 1, "u8": 1}
 _POINTER = re.compile(r"(\w+)(~?)(?:\?(\w+))?:(\{(\w+)\}|\w+)$")
 _BATCH = "token_seq:i32 cu:i32 context_lens:i32 block_table:i32 counts:i32"
 _SPANS = "cu:i32 context_lens:i32 slots:i32 counts:i32"
@@ -22,7 +22,7 @@ _SPANS = "cu:i32 context_lens:i32 slots:i32 counts:i32"
 
 @dataclass(frozen=True)
 class Pointer:
-    """A pointer argument: its name, element type (bf16, f32, i32 or fp8) and whether it starts at 16 bytes."""
+    """A pointer argument: its name, element type (bf16, f32, i32, fp8 or u8) and whether it starts at 16 bytes."""
 
     name: str
     dtype: str
@@ -51,6 +51,7 @@ class Family:
         return present, absent
 
 
+_AHEAD = "ahead?AHEAD:u8"
 _ROUTED = "order:i32 owner:i32 found:i32 w:{W} s?SCALED:f32"
 FAMILIES = {
     "embedding": Family("rows", "ids:i32 w:bf16 y:bf16 counts:i32"),
@@ -59,10 +60,16 @@ FAMILIES = {
     "unary": Family("rows", "x~:{X} y:{X} counts:i32"),
     "binary": Family("rows", "a~:{A} b~:{B} y:{Y} counts:i32"),
     "copy_columns": Family("rows", "x~:bf16 y:bf16 counts:i32"),
-    "gemv": Family("linear", "x:bf16 norm_w?NORM:f32 w:{W} s?SCALED:f32 r?ADDEND:{R} normed?KEEP:bf16 y:bf16 "
-                             "counts:i32"),
-    "gemv_pair": Family("linear", "x:bf16 norm_w:f32 w:{W} s?SCALED:f32 w2:bf16 y:bf16 y2:bf16 counts:i32"),
-    "matmul": Family("linear", "x:bf16 w:{W} s?SCALED:f32 r?ADDEND:{R} y:bf16 counts:i32"),
+    "gemv": Family("single", "x:bf16 norm_w?NORM:f32 squares?HEAD:f32 w:{W} s?SCALED:f32 r?ADDEND:{R_TYPE} y:bf16 "
+                             f"counts:i32 {_AHEAD}"),
+    "gemv_pair": Family("single", f"x:bf16 norm_w:f32 w:{{W}} s?SCALED:f32 w2:bf16 y:bf16 y2:bf16 counts:i32 {_AHEAD}"),
+    "route_up": Family("single", f"x:bf16 norm_w:f32 logits~:bf16 w:{{W}} s?SCALED:f32 h:bf16 counts:i32 {_AHEAD}"),
+    "route_down": Family("single", "h:bf16 logits~:bf16 w:{W} s?SCALED:f32 r?ADD:bf16 y:bf16 counts:i32 "
+                                   f"{_AHEAD}"),
+    "attention_one": Family("single_mixer", "q:bf16 k:bf16 v:bf16 q_w?Q_NORM:f32 k_w?K_NORM:f32 cos:f32 sin:f32 part:f32 "
+                                            "score:f32 keys:bf16 values:bf16 context_lens:i32 block_table:i32 counts:i32 "
+                                            f"{_AHEAD}"),
+    "matmul": Family("linear", "x:bf16 w:{W} s?SCALED:f32 r?ADDEND:{R_TYPE} y:bf16 counts:i32"),
     "moe_route": Family("moe", "logits~:bf16 ids:i32 weights:f32 counts:i32"),
     "moe_up": Family("moe", "x:bf16 ids:i32 w:{W} s?SCALED:f32 h:bf16 counts:i32"),
     "moe_down": Family("moe", "h:bf16 ids:i32 weights:f32 w:{W} s?SCALED:f32 r?ADD:bf16 y:bf16 counts:i32"),
@@ -73,8 +80,9 @@ FAMILIES = {
     "moe_combine": Family("moe", "o:bf16 weights:f32 r?ADD:bf16 y:bf16 counts:i32"),
     "delta_step": Family("delta", "x:bf16 z:bf16 b~:bf16 a~:bf16 conv_w:f32 decay:f32 dt_bias:f32 norm_w:f32 "
                                   f"ring:bf16 state:f32 y:bf16 {_SPANS}"),
-    "delta_one": Family("delta", "x:bf16 z:bf16 b~:bf16 a~:bf16 conv_w:f32 decay:f32 dt_bias:f32 norm_w:f32 "
-                                 "ring:bf16 state:f32 y:bf16 context_lens:i32 slots:i32 counts:i32"),
+    "delta_one": Family("single_mixer", "x:bf16 z:bf16 b~:bf16 a~:bf16 conv_w:f32 decay:f32 dt_bias:f32 norm_w:f32 "
+                                        "ring:bf16 state:f32 y:bf16 squares:f32 context_lens:i32 slots:i32 counts:i32 "
+                                        f"{_AHEAD}"),
     "delta_conv": Family("delta", f"x:bf16 conv_w:f32 ring:bf16 mixed:bf16 token_seq:i32 {_SPANS}"),
     "delta_keep": Family("delta", f"x:bf16 ring:bf16 {_SPANS}"),
     "delta_rule": Family("delta", f"mixed:bf16 b~:bf16 a~:bf16 decay:f32 dt_bias:f32 state:f32 o:bf16 {_SPANS}"),
@@ -85,7 +93,7 @@ FAMILIES = {
     "attention_combine": Family("attention", "part:f32 score:f32 gate?GATE:bf16 y:bf16 counts:i32"),
     "attention_prefill": Family("attention", f"q:bf16 gate?GATE:bf16 y:bf16 keys:bf16 values:bf16 {_BATCH}"),
 }
-HIDDEN = ("W", "A", "B", "X", "Y", "R", "ADDEND")  # parameters that only say what a pointer is
+HIDDEN = ("W", "A", "B", "X", "Y", "R_TYPE", "ADDEND")  # parameters that only say what a pointer is
 
 
 def options(kernel: Kernel) -> dict[str, int]:

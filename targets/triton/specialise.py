@@ -1,4 +1,4 @@
-"""What a GPU plan does differently in a bucket: with one token, norms become prologues of the products that read them.
+"""What a GPU plan does differently in a bucket: with one token, norms, router and rotations move into their readers.
 
 Values are kept, ops replaced: the same weights serve every bucket.
 """
@@ -11,41 +11,93 @@ from qcn_compile.ir.graph import Op, Value
 from qcn_compile.targets.base import Bucket
 from qcn_compile.targets.triton import ops as _ops  # noqa: F401  (registers the fused rows)
 
-READERS = ("moe_add", "moe_experts")
+EXPERTS = ("moe_add", "moe_experts")
 
 
 def specialise(ops: Sequence[Op], outputs: Sequence[Value], bucket: Bucket) -> list[Op]:
     """The ops of a bucket, in order."""
     if bucket.tokens > 1:
         return list(ops)
-    users: dict[Value, list[Op]] = {}
+    fusion = Fusion(ops, outputs)
     for op in ops:
-        for value in op.inputs:
-            users.setdefault(value, []).append(op)
-    gone: set[int] = set()
-    swapped: dict[int, Op] = {}
-    for op in ops:
-        if op.name == "rms_norm" and op.result.tensor.rank == 2 and op.result not in outputs:
-            _fuse(op, users.get(op.result, []), gone, swapped)
-    return [swapped.get(id(op), op) for op in ops if id(op) not in gone]
+        if op.name == "rms_norm" and op.result.tensor.rank == 2:
+            fusion.norm(op)
+        elif op.name == "delta_net":
+            fusion.delta_net(op)
+        elif op.name == "rope_append":
+            fusion.rope_append(op)
+    return [fusion.swapped.get(id(op), op) for op in ops if id(op) not in fusion.gone]
 
 
-def _fuse(norm: Op, readers: list[Op], gone: set[int], swapped: dict[int, Op]) -> None:
-    """Put a norm into its readers where they allow it; else leave both as they are."""
-    products = [r for r in readers if r.name == "linear" and len(r.operands) == 2 and r.operands[0] is norm.result]
-    rest = [r for r in readers if r not in products]
-    head = [norm.operands[0], norm.operands[1]]
-    eps = {"eps": norm.attrs["eps"]}
-    if len(products) == 2 and not rest and (order := _wide_first(products)):
-        first, second = order
-        swapped[id(products[0])] = Op("norm_linear_pair", [*head, first.operands[1], second.operands[1]],
-                                      [first.result, second.result], eps, first.loc)
-        gone |= {id(norm), id(products[1])}
-    elif len(products) == 1 and all(r.name in READERS for r in rest):
-        kept = [norm.result] if rest else []
-        swapped[id(products[0])] = Op("norm_linear", [*head, products[0].operands[1]], [products[0].result, *kept],
-                                      {**eps, "keep": bool(rest)}, products[0].loc)
-        gone.add(id(norm))
+class Fusion:
+    """Which ops are replaced and which vanish. Every method fuses where the readers allow it, or leaves all as it is."""
+
+    def __init__(self, ops: Sequence[Op], outputs: Sequence[Value]) -> None:
+        self._outputs = outputs
+        self._users: dict[Value, list[Op]] = {}
+        for op in ops:
+            for value in dict.fromkeys(op.inputs):
+                self._users.setdefault(value, []).append(op)
+        self.gone: set[int] = set()
+        self.swapped: dict[int, Op] = {}
+
+    def readers(self, value: Value) -> list[Op]:
+        """Ops that read a value; none when the graph returns it."""
+        return [] if value in self._outputs else self._users.get(value, [])
+
+    def _swap(self, old: Op, name: str, operands: list[Value | None], gone: Sequence[Op], results: list[Value] | None = None,
+              **attrs: object) -> None:
+        self.swapped[id(old)] = Op(name, operands, results or list(old.results), attrs, old.loc)  # type: ignore[arg-type]
+        self.gone |= {id(op) for op in gone}
+
+    def norm(self, norm: Op) -> None:
+        """Into one product, into two of which the narrower is bf16, or into a router and its experts."""
+        readers = self.readers(norm.result)
+        products = [r for r in readers if r.name == "linear" and len(r.operands) == 2 and r.operands[0] is norm.result]
+        head, eps = [norm.operands[0], norm.operands[1]], norm.attrs["eps"]
+        if len(products) == len(readers) == 2 and (order := _wide_first(products)):
+            first, second = order
+            self._swap(products[0], "norm_linear_pair", [*head, first.operands[1], second.operands[1]],
+                       [norm, products[1]], [first.result, second.result], eps=eps)
+        elif len(products) == len(readers) == 1:
+            self._swap(products[0], "norm_linear", [*head, products[0].operands[1]], [norm], eps=eps)
+        elif len(products) == 1 and len(readers) == 2:
+            self._router(norm, products[0], next(r for r in readers if r is not products[0]))
+
+    def _router(self, norm: Op, product: Op, experts: Op) -> None:
+        chosen = self.readers(product.result)
+        if experts.name not in EXPERTS or experts.operands[0] is not norm.result or len(chosen) != 1:
+            return
+        route = chosen[0]
+        fits = route.name == "moe_route" and list(route.results) == experts.operands[1:3]
+        if not fits or any(self.readers(v) != [experts] for v in route.results):
+            return
+        head, eps = [norm.operands[0], norm.operands[1]], norm.attrs["eps"]
+        self._swap(product, "norm_linear", [*head, product.operands[1]], [norm], eps=eps)
+        added = experts.operands[5] if experts.name == "moe_add" else None
+        self._swap(experts, "norm_route_experts", [*head, product.result, *experts.operands[3:5], added], [route], eps=eps,
+                   **route.attrs, activation=experts.attrs["activation"])
+
+    def delta_net(self, net: Op) -> None:
+        """Into the projection behind it, which finishes the norm of the heads."""
+        readers = self.readers(net.result)
+        if len(readers) != 1 or readers[0].name not in ("linear", "linear_add") or readers[0].operands[0] is not net.result:
+            return
+        product = readers[0]
+        added = product.operands[2] if product.name == "linear_add" else None
+        if product.name == "linear" and len(product.operands) > 2:
+            return
+        self._swap(product, "delta_net_linear", [*net.operands, product.operands[1], added], [net], **net.attrs)
+
+    def rope_append(self, append: Op) -> None:
+        """Into the attention behind it."""
+        readers = self.readers(append.result)
+        if len(readers) != 1 or readers[0].name != "paged_attention" or readers[0].operands[0] is not append.result:
+            return
+        attend = readers[0]
+        *rest, batch = append.operands
+        self._swap(attend, "rope_attention", [*rest, attend.operands[1], batch], [append],
+                   eps=append.attrs["eps"], scale=attend.attrs["scale"], state=attend.attrs["state"])
 
 
 def _wide_first(products: list[Op]) -> list[Op] | None:

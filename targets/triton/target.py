@@ -16,11 +16,13 @@ from qcn_compile.targets.base import Bucket, Call, Kernel, Operand
 from qcn_compile.targets.site import DECODE_TOKENS
 from qcn_compile.targets.spec import Hardware, hardware
 from qcn_compile.targets.triton import lowering, packing
+from qcn_compile.targets.triton.lowering import single
 from qcn_compile.targets.triton.lowering.site import Site
 from qcn_compile.targets.triton.specialise import specialise
 
 PAGE = 32  # tokens of a KV page
 RING = 16  # inputs a convolution's ring holds; see kernels/delta.py
+FIRST_PREFETCH = 90  # bulk prefetches into L2 start with this architecture
 TAPS = 4  # widest convolution the ring is large enough for
 
 
@@ -48,6 +50,17 @@ class GpuTarget:
               bucket: Bucket) -> list[Call]:
         """The kernel calls that compute `op`. Raises LoweringError naming the op, its location and the cure."""
         return lowering.lower(Site(op, operands, results, bucket, self.page_size, RING))
+
+    def arrange(self, steps: Sequence[tuple[Op, Call]], bucket: Bucket) -> list[Call]:
+        """The launches of a bucket, in a plan of one token each with the later weights that it fetches ahead."""
+        if bucket.tokens > 1 or (self.hardware.arch or 0) < FIRST_PREFETCH:
+            return [call for _, call in steps]
+        sizes: dict[int, int] = {}
+        for i, (op, call) in enumerate(steps):
+            if call.kernel.family in ("gemv", "gemv_pair"):
+                params = dict(call.kernel.params)
+                sizes[i] = int(params["N"]) * int(params["K"]) * (1 if params["SCALED"] else 2)
+        return single.fetch_ahead(steps, sizes)
 
     def pack(self, layout: str, encoding: Encoding, weight: np.ndarray) -> dict[str, np.ndarray]:
         """A float32 weight in the kernel's layout: part name -> 1-D array, a multiple of 64 bytes each."""

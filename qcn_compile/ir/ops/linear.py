@@ -33,7 +33,7 @@ def linear_add(x: Tensor, w: Tensor, r: Tensor) -> Tensor:
 
 def _rows(index: int, rows: int):  # type: ignore[no-untyped-def]
     """Operand `index` is a table of which as many rows are read as operand `rows` has elements."""
-    return lambda types, sizes: {
+    return lambda types, sizes, attrs: {
         index: min(1.0, size_of(types[rows].shape, sizes) / size_of(types[index].shape[:1], sizes))}
 
 

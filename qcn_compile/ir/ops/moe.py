@@ -21,7 +21,7 @@ def _expert_flops(types, results, attrs, sizes):  # type: ignore[no-untyped-def]
     return 3 * size_of(ids.shape, sizes) * gate_up.shape[1] * x.shape[1]
 
 
-def _touched_experts(types, sizes):  # type: ignore[no-untyped-def]
+def _touched_experts(types, sizes, attrs):  # type: ignore[no-untyped-def]
     """Under uniform routing: 1 - (1 - 1/E)^pairs of the experts are read."""
     experts, pairs = int(types[3].shape[0]), size_of(types[1].shape, sizes)
     share = 1 - (1 - 1 / experts) ** pairs

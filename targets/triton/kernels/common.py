@@ -18,6 +18,21 @@ def begin(PDL: tl.constexpr):
 
 
 @triton.jit
+def fetch_ahead(data, BYTES: tl.constexpr, FROM: tl.constexpr, LANES: tl.constexpr, PDL: tl.constexpr):
+    """Ask for BYTES of `data`, from byte FROM on, to be brought into L2: every program of the grid for a share, LANES
+    (its threads) requests each. Nobody waits; a later kernel finds its weights near."""
+    if PDL and BYTES > 0:
+        programs = tl.num_programs(0) * tl.num_programs(1) * tl.num_programs(2)
+        program = tl.program_id(0) + tl.num_programs(0) * (tl.program_id(1) + tl.num_programs(1) * tl.program_id(2))
+        piece = ((BYTES // LANES + programs - 1) // programs + 127) // 128 * 128
+        at = (program * LANES + tl.arange(0, LANES)) * piece
+        size = tl.minimum(tl.maximum(BYTES - at, 0), piece)
+        tl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.gt.s32 p, $2, 0; @p cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }",
+            "=r,l,r", [(data + FROM + at).to(tl.int64), size], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
 def true_rows(counts, ROWS: tl.constexpr, TIMES: tl.constexpr):
     """Rows there really are: count number ROWS (T, S, R) times TIMES; ROWS < 0 means TIMES rows, always."""
     if ROWS < 0:

@@ -52,57 +52,6 @@ def step(st, q, k, v, a, b, decay, dt_bias, DK: tl.constexpr):
 
 
 @triton.jit
-def past(ring, w, c, context, C: tl.constexpr, TAPS: tl.constexpr, RING: tl.constexpr, mask):
-    """What earlier inputs add to the convolution of the one new token."""
-    acc = tl.load(w + (TAPS - 1) * C + c) * 0.0
-    for j in tl.static_range(1, TAPS):
-        old = tl.load(ring + ((context - j + RING) % RING) * C + c, mask=mask & (context >= j), other=0.0)
-        acc += old.to(tl.float32) * tl.load(w + (TAPS - 1 - j) * C + c)
-    return acc
-
-
-@triton.jit
-def delta_one(x, z, b, a, conv_w, decay, dt_bias, norm_w, ring, state, y, context_lens, slots, counts,
-              HK: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, TAPS: tl.constexpr,
-              RING: tl.constexpr, EPS: tl.constexpr, PDL: tl.constexpr):
-    """The whole mixer for one token of one sequence. Grid (HV); one program owns a head. All that earlier steps left
-    (state, ring) and all weights are on their way before the projection in front has ended."""
-    h = tl.program_id(0)
-    repeat: tl.constexpr = HV // HK
-    channels: tl.constexpr = 2 * HK * DK + HV * DV
-    group = h // repeat
-    ik, iv = tl.arange(0, DK), tl.arange(0, DV)
-    slot, context = tl.load(slots).to(tl.int64), tl.load(context_lens)
-    at = state + (slot * HV + h) * (DK * DV) + ik[:, None] * DV + iv[None, :]
-    st = tl.load(at, mask=(context > 0) & (ik[:, None] >= 0) & (iv[None, :] >= 0), other=0.0)
-    own = ring + slot * (RING * channels)
-    cq, ck, cv = group * DK + ik, HK * DK + group * DK + ik, 2 * HK * DK + h * DV + iv
-    tap = conv_w + (TAPS - 1) * channels
-    q_past, q_tap = past(own, conv_w, cq, context, channels, TAPS, RING, ik >= 0), tl.load(tap + cq)
-    k_past, k_tap = past(own, conv_w, ck, context, channels, TAPS, RING, ik >= 0), tl.load(tap + ck)
-    v_past, v_tap = past(own, conv_w, cv, context, channels, TAPS, RING, iv >= 0), tl.load(tap + cv)
-    head_decay, head_bias, norm = tl.load(decay + h), tl.load(dt_bias + h), tl.load(norm_w + iv)
-    begin(PDL)
-    if tl.load(counts) > 0:
-        q_new, k_new, v_new = tl.load(x + cq), tl.load(x + ck), tl.load(x + cv)
-        gate = silu(tl.load(z + h * DV + iv).to(tl.float32))
-        head_a, head_b = tl.load(a + h).to(tl.float32), tl.load(b + h).to(tl.float32)
-        q = rounded(silu(rounded(q_past + q_new.to(tl.float32) * q_tap)))
-        k = rounded(silu(rounded(k_past + k_new.to(tl.float32) * k_tap)))
-        v = rounded(silu(rounded(v_past + v_new.to(tl.float32) * v_tap)))
-        st, out = step(st, q, k, v, head_a, head_b, head_decay, head_bias, DK)
-        out = rounded(out)
-        out = out * tl.rsqrt(tl.sum(out * out, 0) / DV + EPS) * norm * gate
-        tl.store(y + h * DV + iv, out.to(tl.bfloat16))
-        tl.store(at, st)
-        row = own + (context % RING) * channels
-        tl.store(row + cv, v_new)
-        if h % repeat == 0:
-            tl.store(row + cq, q_new)
-            tl.store(row + ck, k_new)
-
-
-@triton.jit
 def delta_step(x, z, b, a, conv_w, decay, dt_bias, norm_w, ring, state, y, cu, context_lens, slots, counts,
                HK: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, TAPS: tl.constexpr,
                RING: tl.constexpr, SX: tl.constexpr, SZ: tl.constexpr, SB: tl.constexpr, SA: tl.constexpr,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from qcn_compile.targets.base import Call
-from qcn_compile.targets.triton.lowering import linear, mixer, moe, rows
+from qcn_compile.targets.triton.lowering import linear, mixer, moe, rows, single
 from qcn_compile.targets.triton.lowering.site import Site
 
 UNARY = ("neg", "exp", "sigmoid", "silu", "softplus", "rsqrt", "add_scalar", "mul_scalar", "cast")
@@ -15,7 +15,9 @@ LOWERINGS: dict[str, Callable[[Site], list[Call]]] = {
     "rms_norm": rows.norm, "add_rms_norm": rows.norm, "gated_rms_norm": rows.norm,
     "concat": rows.concat, "gather_rows": rows.gather_rows, "embedding": rows.embedding,
     "linear": linear.linear, "linear_add": linear.linear,
-    "norm_linear": linear.norm_linear, "norm_linear_pair": linear.norm_linear_pair,
+    "norm_linear": single.norm_linear, "norm_linear_pair": single.norm_linear_pair,
+    "delta_net_linear": single.delta_net_linear, "norm_route_experts": single.norm_route_experts,
+    "rope_attention": single.rope_attention,
     "moe_route": moe.route, "moe_experts": moe.experts, "moe_add": moe.experts,
     "rope_table": mixer.rope_table, "rope_append": mixer.rope_append, "paged_attention": mixer.paged_attention,
     "delta_net": mixer.delta_net,

@@ -16,6 +16,7 @@ BATCHES = {
     "decode-8": [Ragged((1, 1, 1), (0, 31, 70)), Ragged((5, 1), (33, 2)), Ragged((8,), (17,))],
     "prefill-64": [Ragged((5,)), Ragged((33, 1, 20), (0, 100, 31)), Ragged((1, 1, 4, 2), (15, 16, 0, 63))],
 }
+ALONE = [*BATCHES["decode-1"], Ragged((1,), (31,)), Ragged((1,), (1100,))]
 
 
 def batches(bucket: Bucket) -> list[Ragged]:
@@ -66,13 +67,43 @@ def fused() -> list[Trialled]:
     for encoding in (BF16, FP8):
         one = Case(f"norm_linear {encoding.format}", DECODE_1)
         x, norm = one.input("x", "bf16[T,200]", more=8), one.weight("norm", (200,), scale=1.0)
-        one.op("norm_linear", [x, norm, one.weight("w", (130, 200), encoding)], eps=1e-6, keep=encoding is BF16)
+        one.op("norm_linear", [x, norm, one.weight("w", (130, 200), encoding)], eps=1e-6)
         two = Case(f"norm_linear_pair {encoding.format}", DECODE_1)
         x, norm = two.input("x", "bf16[T,200]", more=8), two.weight("norm", (200,), scale=1.0)
         two.op("norm_linear_pair", [x, norm, two.weight("w", (130, 200), encoding), two.weight("v", (7, 200), BF16)],
                eps=1e-6)
         found += [(one, ONE), (two, ONE)]
     return found
+
+
+def singles() -> list[Trialled]:
+    """What plans of one token fuse beyond norms."""
+    found = []
+    for encoding in (BF16, FP8):
+        for hidden, inner, count, top, normalize, shared, add in ((136, 24, 6, 2, True, True, True),
+                                                                  (528, 40, 70, 10, True, False, False),
+                                                                  (512, 513, 33, 3, False, True, True)):
+            case = Case(f"norm_route_experts {encoding.format} {hidden} {inner} {count}", DECODE_1)
+            x, norm = case.input("x", f"bf16[T,{hidden}]"), case.weight("norm", (hidden,), scale=1.0)
+            logits = case.input("logits", f"bf16[T,{count}]", more=3, scale=2.0)
+            up, down = (case.weight(n, s, encoding) for n, s in (("up", (count, 2 * inner, hidden)),
+                                                                 ("down", (count, hidden, inner))))
+            case.op("norm_route_experts", [x, norm, logits, up, down, case.input("r", f"bf16[T,{hidden}]") if add else None],
+                    eps=1e-6, top_k=top, normalize=normalize, shared=shared, activation="silu")
+            found.append((case, ONE))
+        found.append(delta_linear(encoding))
+    return found
+
+
+def delta_linear(encoding: Encoding) -> Trialled:
+    hk, hv, dk, dv = 2, 4, 16, 64
+    case, channels = Case(f"delta_net_linear {encoding.format}", DECODE_1), 2 * hk * dk + hv * dv
+    operands = _delta_operands(case, hk, hv, dk, dv)
+    case.op("delta_net_linear", [*operands, case.weight("w", (52, hv * dv), encoding), case.input("r", "bf16[T,52]")],
+            key_heads=hk, value_heads=hv, key_dim=dk, value_dim=dv, eps=1e-6,
+            conv=case.state("conv", StateKind.conv, DType.bf16, (channels, 3)),
+            delta=case.state("delta", StateKind.delta, DType.f32, (hv, dk, dv)))
+    return case, BATCHES["decode-1"]
 
 
 def routes() -> list[Trialled]:
@@ -104,16 +135,21 @@ def moes() -> list[Trialled]:
     return [*((case, batches[:1]) for case, batches in small), experts("moe_experts", PREFILL, BF16, 9, 48, 128, 2)]
 
 
+def _delta_operands(case: Case, hk: int, hv: int, dk: int, dv: int) -> list[Value | None]:
+    channels = 2 * hk * dk + hv * dv
+    return [case.input("qkv", f"bf16[T,{channels}]", more=16), case.input("z", f"bf16[T,{hv * dv}]", more=16),
+            case.input("b", f"bf16[T,{hv}]", more=1), case.input("a", f"bf16[T,{hv}]", more=3),
+            case.weight("conv_w", (channels, 4), scale=0.5), case.weight("decay", (hv,), scale=-0.3),
+            case.weight("dt_bias", (hv,)), case.weight("norm_w", (dv,), scale=1.0), case.batch]
+
+
 def deltas() -> list[Trialled]:
     found = []
     for bucket, (hk, hv, dk, dv) in ((DECODE_1, (2, 4, 16, 32)), (DECODE_8, (2, 4, 16, 16)), (PREFILL, (1, 3, 16, 32))):
         case, channels = Case(f"delta_net {hk} {hv} {dk} {dv} {bucket.name}", bucket), 2 * hk * dk + hv * dv
         conv = case.state("conv", StateKind.conv, DType.bf16, (channels, 3))
         delta = case.state("delta", StateKind.delta, DType.f32, (hv, dk, dv))
-        operands = [case.input("qkv", f"bf16[T,{channels}]", more=16), case.input("z", f"bf16[T,{hv * dv}]", more=16),
-                    case.input("b", f"bf16[T,{hv}]", more=1), case.input("a", f"bf16[T,{hv}]", more=3),
-                    case.weight("conv_w", (channels, 4), scale=0.5), case.weight("decay", (hv,), scale=-0.3),
-                    case.weight("dt_bias", (hv,)), case.weight("norm_w", (dv,), scale=1.0), case.batch]
+        operands = _delta_operands(case, hk, hv, dk, dv)
         case.op("delta_net", operands, key_heads=hk, value_heads=hv, key_dim=dk, value_dim=dv, eps=1e-6, conv=conv,
                 delta=delta)
         found.append((case, BATCHES[bucket.name]))
@@ -126,6 +162,7 @@ def attentions() -> list[Trialled]:
              scaling=1.25)
     found = [(table, MANY[:1])]
     for bucket, (hq, hkv, dim, half, norms, gate) in ((DECODE_1, (4, 2, 32, 4, True, True)),
+                                                      (DECODE_1, (3, 3, 24, 5, False, False)),
                                                       (DECODE_8, (6, 1, 16, 8, False, False)),
                                                       (DECODE_8, (4, 2, 32, 4, True, True)),
                                                       (PREFILL, (4, 2, 32, 4, True, True)),
@@ -135,13 +172,16 @@ def attentions() -> list[Trialled]:
         q, k, v = (case.input(n, f"bf16[T,{h},{dim}]", more=8) for n, h in (("q", hq), ("k", hkv), ("v", hkv)))
         norm = [case.weight("q_w", (dim,), scale=1.0), case.weight("k_w", (dim,), scale=1.0)] if norms else [None, None]
         cos, sin = case.input("cos", f"f32[T,{half}]"), case.input("sin", f"f32[T,{half}]")
-        query = case.op("rope_append", [q, k, v, *norm, cos, sin, case.batch], eps=1e-6, state=kv)
         g = case.input("g", f"bf16[T,{hq * dim}]", more=8) if gate else None
-        case.op("paged_attention", [query, g, case.batch], scale=dim ** -0.5, state=kv)
-        found.append((case, BATCHES[bucket.name]))
+        if bucket is DECODE_1:
+            case.op("rope_attention", [q, k, v, *norm, cos, sin, g, case.batch], eps=1e-6, scale=dim ** -0.5, state=kv)
+        else:
+            query = case.op("rope_append", [q, k, v, *norm, cos, sin, case.batch], eps=1e-6, state=kv)
+            case.op("paged_attention", [query, g, case.batch], scale=dim ** -0.5, state=kv)
+        found.append((case, ALONE if bucket is DECODE_1 else BATCHES[bucket.name]))
     return found
 
 
 def every() -> list[Trialled]:
     """All cases."""
-    return [*pointwise(), *linears(), *fused(), *routes(), *moes(), *deltas(), *attentions()]
+    return [*pointwise(), *linears(), *fused(), *singles(), *routes(), *moes(), *deltas(), *attentions()]

@@ -63,7 +63,7 @@ def _serve(pipe: Connection) -> None:
 def _run(launches: list[Launch], buffers: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     import torch
 
-    dtypes = {"bf16": torch.bfloat16, "f32": torch.float32, "i32": torch.int32, "fp8": torch.float8_e4m3fn}
+    dtypes = {"bf16": torch.bfloat16, "f32": torch.float32, "i32": torch.int32, "fp8": torch.float8_e4m3fn, "u8": torch.uint8}
     bytes_ = {name: torch.from_numpy(data.copy()) for name, data in buffers.items()}
     for kernel, grid, names in launches:
         family = FAMILIES[kernel.family]
