@@ -21,12 +21,23 @@ from qcn_compile.targets.triton.lowering.site import (
 )
 
 LANES = 32
-SPLITS = 32  # stretches of the keys that attention looks at in parallel
-VALUES = 32  # value columns of a DeltaNet head in one program
 CONTEXT, SLOTS, TABLE = (Ref("input", name=n) for n in ("context_lens", "slots", "block_table"))
 NEVER: dict[str, Param] = {"AHEAD": 0, "FROM": 0}
-# Bytes of later weights that a launch of a family asks for, as measured on an H100; none: its own loads fill the memory.
-BUDGET = {"gemv_pair": 8 << 20, "gemv": 8 << 20, "delta_one": 4 << 20, "attention_one": 8 << 20, "route_down": 16 << 20}
+# How a launch is cut, by its role: R rows at once, one a warp, RW times; as measured on an H100 (tests/gpu/tune.py).
+CHOICE: dict[str, dict[str, int]] = {
+    "head": {"R": 8, "RW": 2}, "wide": {"R": 8, "RW": 2}, "out": {"R": 4, "RW": 1}, "narrow": {"R": 4, "RW": 1},
+    "up": {"R": 4, "GROUPS": 2}, "down": {"R": 8, "RW": 1},
+    "delta": {"BV": 32, "WARPS": 4},
+    "attention": {"SPLITS": 32, "BS": 32, "WARPS": 8},
+    # bytes of later weights that a launch asks for; 0: its own loads fill the memory
+    "ahead": {"gemv_pair": 8 << 20, "gemv": 8 << 20, "delta_one": 4 << 20, "attention_one": 8 << 20, "route_up": 0,
+              "route_down": 16 << 20},
+}
+
+
+def role(n: int, encoding: Encoding) -> str:
+    """What a product of n rows is to the step."""
+    return "head" if n > 65536 else "narrow" if encoding.format == "bf16" else "wide" if n > 4096 else "out"
 
 
 def _form(encoding: Encoding) -> dict[str, Param]:
@@ -34,8 +45,9 @@ def _form(encoding: Encoding) -> dict[str, Param]:
 
 
 def gemv_shape(n: int, k: int, encoding: Encoding) -> dict[str, Param]:
-    """R rows at once, RW times, and the HOLD column tiles that wait in registers."""
-    warps, times = (8, 2) if n > 8192 else (4, 1)
+    """The rows of a program, and the HOLD column tiles of each that wait in registers."""
+    chosen = CHOICE[role(n, encoding)]
+    warps, times = chosen["R"], chosen["RW"]
     tiles = cdiv(k, LANES * int(_form(encoding)["C"]))
     return {"R": warps, "RW": times, "HOLD": min(tiles, 16 // times), "WARPS": warps, "LANES": LANES * warps,
             **_form(encoding), **NEVER}
@@ -88,14 +100,14 @@ def delta_net_linear(site: Site) -> list[Call]:
     hv, dk, dv = int(sizes["HV"]), int(sizes["DK"]), int(sizes["DV"])
     if power(dk) != dk or power(dv) != dv or dv < 16:
         raise site.fail(f"head sizes {dk} and {dv}", "the GPU kernels need powers of two, 16 at least")
-    columns = min(dv, VALUES)
+    columns, warps = min(dv, CHOICE["delta"]["BV"]), CHOICE["delta"]["WARPS"]
     splits = dv // columns
     y, squares = scratch("y", hv * dv, "bf16"), scratch("squares", hv * splits, "f32")
     taps = int(site.operand(4).type.shape[1])  # type: ignore[arg-type]
     mixer = call("delta_one", [
         *(site.ref(i) for i in range(4)), Ref("blob", index=4, layout="channels", part="w"),
         *(site.ref(i) for i in (5, 6, 7)), state("conv"), state("delta"), y, squares, CONTEXT, SLOTS, COUNTS],
-        (hv, splits), **sizes, BV=columns, TAPS=taps, RING=site.ring, WARPS=4, LANES=4 * LANES, **NEVER)
+        (hv, splits), **sizes, BV=columns, TAPS=taps, RING=site.ring, WARPS=warps, LANES=LANES * warps, **NEVER)
     _, weight = site.matrix(9)
     add = site.has(10)
     args = [y, squares, *weight, *([site.ref(10)] if add else []), result(), COUNTS]
@@ -115,12 +127,12 @@ def norm_route_experts(site: Site) -> list[Call]:
                                  "SHARED": int(shared), "H": hidden, "F": width, **NEVER}
     h = scratch("h", (top + int(shared)) * width, "bf16")
     add = site.has(5)
-    groups, rows = 2, 4
+    groups, rows, wide, times = CHOICE["up"]["GROUPS"], CHOICE["up"]["R"], CHOICE["down"]["R"], CHOICE["down"]["RW"]
     return [
         call("route_up", [site.ref(0), site.ref(1), site.ref(2), *up, h, COUNTS], (cdiv(width, rows), groups),
              GROUPS=groups, R=rows, WARPS=rows, LANES=LANES * rows, EPS=site.real("eps"), **routing, **_form(up_form)),
         call("route_down", [h, site.ref(2), *down, *([site.ref(5)] if add else []), result(), COUNTS],
-             (cdiv(hidden, 8),), R=8, RW=1, WARPS=8, LANES=8 * LANES, NORMALIZE=bool(site.op.attrs["normalize"]),
+             (cdiv(hidden, wide * times),), R=wide, RW=times, WARPS=wide, LANES=LANES * wide, NORMALIZE=bool(site.op.attrs["normalize"]),
              ADD=add, **routing, **_form(down_form))]
 
 
@@ -131,18 +143,19 @@ def rope_attention(site: Site) -> list[Call]:
     site.stated("state")
     if heads % kv_heads:
         raise site.fail(f"{heads} query heads over {kv_heads} kv heads", "the first must be a multiple of the second")
-    part, score = scratch("part", heads * SPLITS * dim, "f32"), scratch("score", heads * SPLITS, "f32")
+    splits, keys, warps = (CHOICE["attention"][n] for n in ("SPLITS", "BS", "WARPS"))
+    part, score = scratch("part", heads * splits * dim, "f32"), scratch("score", heads * splits, "f32")
     norms = [site.ref(i) for i in (3, 4) if site.has(i)]
     gate = [site.ref(7)] if site.has(7) else []
     wide = power(dim, 16)
     return [
         call("attention_one", [site.ref(0), site.ref(1), site.ref(2), *norms, site.ref(5), site.ref(6), part, score,
-                               state("state", "k"), state("state", "v"), CONTEXT, TABLE, COUNTS], (kv_heads, SPLITS),
+                               state("state", "k"), state("state", "v"), CONTEXT, TABLE, COUNTS], (kv_heads, splits),
              HQ=heads, HKV=kv_heads, D=dim, BD=wide, BG=max(16, power(heads // kv_heads)),
-             HALF=inner(site.operand(5).type.shape), PAGE=site.page, BS=32, SPLITS=SPLITS, EPS=site.real("eps"),
-             SCALE=site.real("scale"), Q_NORM=site.has(3), K_NORM=site.has(4), WARPS=8, LANES=8 * LANES, **NEVER),
+             HALF=inner(site.operand(5).type.shape), PAGE=site.page, BS=keys, SPLITS=splits, EPS=site.real("eps"),
+             SCALE=site.real("scale"), Q_NORM=site.has(3), K_NORM=site.has(4), WARPS=warps, LANES=LANES * warps, **NEVER),
         call("attention_combine", [part, score, *gate, result(), COUNTS], (1, heads), HQ=heads, D=dim, BD=wide,
-             SPLITS=SPLITS, SG=site.stride(7) if gate else 0, GATE=bool(gate), WARPS=4)]
+             SPLITS=splits, SG=site.stride(7) if gate else 0, GATE=bool(gate), WARPS=4)]
 
 
 def fetch_ahead(steps: Sequence[tuple[Op, Call]], packed: dict[int, int]) -> list[Call]:
@@ -151,7 +164,7 @@ def fetch_ahead(steps: Sequence[tuple[Op, Call]], packed: dict[int, int]) -> lis
     calls = [call_ for _, call_ in steps]
     at, done = 0, 0
     for i, (_, launch) in enumerate(steps):
-        budget = BUDGET.get(launch.kernel.family, 0)
+        budget = CHOICE["ahead"].get(launch.kernel.family, 0)
         if at <= i:
             at, done = _next(packed, i), 0
         if budget == 0 or at < 0:
