@@ -51,6 +51,7 @@ def main() -> None:
         executable, device = model.executable, model._device
         model.generate(list(range(1, 1025)), temperature=0.0, max_tokens=2).text()
         want = np.asarray(model.step([("a", [5])])[0][0])
+        model.release("a")
         plans = {p.stem: Plan.from_json(json.loads(p.read_text())) for p in sorted(folder.glob("*.json"))}
         device.load(folder / "kernels", {launch.kernel for plan in plans.values() for launch in plan.launches})
         executable._base = device.allocate(max(plan.workspace_bytes for plan in plans.values()))

@@ -16,7 +16,7 @@ BATCHES = {
     "decode-8": [Ragged((1, 1, 1), (0, 31, 70)), Ragged((5, 1), (33, 2)), Ragged((8,), (17,))],
     "prefill-64": [Ragged((5,)), Ragged((33, 1, 20), (0, 100, 31)), Ragged((1, 1, 4, 2), (15, 16, 0, 63))],
 }
-ALONE = [*BATCHES["decode-1"], Ragged((1,), (31,)), Ragged((1,), (1100,))]
+ALONE = [*BATCHES["decode-1"], Ragged((1,), (31,)), Ragged((1,), (500,))]
 
 
 def batches(bucket: Bucket) -> list[Ragged]:
