@@ -83,7 +83,7 @@ def test_profile_and_verbose_go_to_stderr(toy_build):
     (["--prompt", "x", "--temperature", "-1"], 2, "temperature=-1.0"),
     (["--prompt", "x", "--max-tokens", "0"], 2, "max_tokens=0"),
     (["--prompt", "x", "--threads", "0"], 2, "--threads 0"),
-    (["--prompt", "x", "--context-length", "4096"], 2, "--context-length 4096: the build holds 1 to 128"),
+    (["--prompt", "x", "--context-length", "4096"], 2, "--context-length 4096: the build is for 1 to 128"),
     (["--prompt", "x", "--max-running-requests", "0"], 2, "--max-running-requests 0"),
     (["--prompt", "x", "--prefill-chunk", "0"], 2, "--prefill-chunk 0"),
     (["--prompt", ""], 2, "the prompt is empty"),
