@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 
@@ -13,7 +14,12 @@ INSTALL = "the compiler needs its extra packages: pip install 'qcn-compile[compi
 def guarded(name: str, body: Callable[[], int]) -> int:
     """The exit code of `body`; expected failures become one message on standard error."""
     try:
-        return body()
+        code = body()
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # whoever read us has seen enough: `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except QcnError as error:
         print(f"{name}: {error}", file=sys.stderr)
         return error.exit_code

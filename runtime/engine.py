@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from operator import index
 from typing import Protocol
 
 import numpy as np
 
-from qcn_compile.errors import CapacityError, DeviceError, UsageError
+from qcn_compile.errors import CapacityError, UsageError
 from qcn_compile.runtime.batch import Capacity, Span
 from qcn_compile.runtime.choice import PENDING, Chooser, Pick
 from qcn_compile.runtime.detokenize import Detokenizer
 from qcn_compile.runtime.flight import Flight, Ready
 from qcn_compile.runtime.kv_cache import PageAllocator
+from qcn_compile.runtime.output import Live, Output, sample_row
 from qcn_compile.runtime.prefix.cache import PrefixCache
 from qcn_compile.runtime.request import FinishReason, Request, SamplingParams
-from qcn_compile.runtime.sampler import NO_NUMBERS, Constraint, Sample, Sampler
+from qcn_compile.runtime.sampler import Constraint, Sample, Sampler
 from qcn_compile.runtime.scheduler import Chunk, Scheduler, SchedulerLimits
 from qcn_compile.runtime.speculation.speculation import Speculation
 from qcn_compile.runtime.state_slots import SlotAllocator
@@ -48,74 +49,6 @@ class EngineConfig:
     prefill_chunk: int | None = None
 
 
-@dataclass(frozen=True)
-class Timing:
-    """Seconds of one request: from arrival to its first token, and from there to its last one.
-
-    cached_tokens: prompt tokens that the prefix cache had. drafted, accepted: new tokens guessed, and those of them
-    that came true.
-    """
-
-    prompt_tokens: int
-    new_tokens: int
-    first_token: float
-    decode: float
-    cached_tokens: int = 0
-    drafted: int = 0
-    accepted: int = 0
-
-    @property
-    def prefill_rate(self) -> float:
-        """Prompt tokens per second until the first token."""
-        return self.prompt_tokens / self.first_token if self.first_token else 0.0
-
-    @property
-    def decode_rate(self) -> float:
-        """Tokens per second after the first one; 0 when there was no second."""
-        return (self.new_tokens - 1) / self.decode if self.new_tokens > 1 and self.decode else 0.0
-
-
-@dataclass(frozen=True)
-class Output:
-    """What one step added to a request. The last one has a finish reason, timing, and the stop string that ended it.
-
-    cached: on the first one, the prompt tokens that the prefix cache had.
-    """
-
-    request_id: str
-    text: str
-    token_ids: tuple[int, ...]
-    finish_reason: FinishReason | None = None
-    samples: tuple[Sample, ...] = ()
-    timing: Timing | None = None
-    matched_stop: str | None = None
-    cached: int = 0
-
-
-@dataclass
-class _Live:
-    """A request with what turns its logits into text."""
-
-    request: Request
-    sampler: Sampler
-    detokenizer: Detokenizer
-    chooser: Chooser | None = None
-    started: float = field(default_factory=time.perf_counter)
-    first: float | None = None
-    reported: bool = False
-
-    def timing(self) -> Timing:
-        now = time.perf_counter()
-        first = now if self.first is None else self.first
-        return Timing(len(self.request.prompt), self.request.generated, first - self.started, now - first,
-                      self.request.cached or 0, self.request.drafted, self.request.accepted)
-
-    def cached(self) -> int:
-        """Cached prompt tokens to report with the next output: once."""
-        first, self.reported = not self.reported, True
-        return (self.request.cached or 0) if first else 0
-
-
 class Engine:
     """Continuous batching over one runner. Not thread-safe: one thread adds, steps and aborts.
 
@@ -136,7 +69,7 @@ class Engine:
         limits = SchedulerLimits(config.slots, chunk, config.page_size, config.context_length)
         self.speculation = speculation
         self._scheduler = Scheduler(limits, runner.capacities, self.pages, self.slots, self.prefixes, speculation)
-        self._live: dict[str, _Live] = {}
+        self._live: dict[str, Live] = {}
         self._flight: Flight | None = None
         self._arrivals = 0
 
@@ -170,7 +103,7 @@ class Engine:
         sampler = Sampler(params, prompt, self.config.vocab_size, constraint)
         chooser = Chooser(request, constraint) if self._on_device(params, constraint) else None
         reader = Detokenizer(self._token_bytes, params.stop, params.include_stop)
-        self._live[name] = _Live(request, sampler, reader, chooser)
+        self._live[name] = Live(request, sampler, reader, chooser)
         return name
 
     def _on_device(self, params: SamplingParams, constraint: Constraint | None) -> bool:
@@ -271,7 +204,7 @@ class Engine:
         live = self._live[request.id]
         replayed, samples, text, reason = request.lag, [], "", None
         for row, draft in zip(rows, (*chunk.drafts, None), strict=True):
-            sample = _sample(live, flight.picks[row], int(tokens[row]), logits, row)
+            sample = sample_row(live, flight.picks[row], int(tokens[row]), logits, row)
             if live.first is None:
                 live.first = time.perf_counter()
             samples.append(sample)
@@ -293,7 +226,7 @@ class Engine:
             return self._finish(live, reason, text, tuple(samples))
         return Output(request.id, text, tuple(s.token for s in samples), None, tuple(samples), cached=live.cached())
 
-    def _read(self, live: _Live, token: int, generated: int) -> tuple[str, FinishReason | None]:
+    def _read(self, live: Live, token: int, generated: int) -> tuple[str, FinishReason | None]:
         """The text that a new token adds, and why the request ends with it, if it does."""
         request, params = live.request, live.request.params
         ends = params.stop_token_ids if params.ignore_eos else {*params.stop_token_ids, *self.config.eos_token_ids}
@@ -304,7 +237,7 @@ class Engine:
             return text, FinishReason.stop
         return text, FinishReason.length if generated >= request.max_tokens else None
 
-    def _finish(self, live: _Live, reason: FinishReason, text: str, samples: tuple[Sample, ...]) -> Output:
+    def _finish(self, live: Live, reason: FinishReason, text: str, samples: tuple[Sample, ...]) -> Output:
         text += live.detokenizer.finish()
         if live.detokenizer.stopped:
             reason = FinishReason.stop
@@ -328,15 +261,3 @@ def check_tokens(tokens: Sequence[int], vocab_size: int) -> list[int]:
         if not 0 <= token < vocab_size:
             raise UsageError(f"token {token} at position {place} is outside the vocabulary of {vocab_size}")
     return ids
-
-
-def _sample(live: _Live, pick: Pick | None, token: int, logits: np.ndarray | None, row: int) -> Sample:
-    """The token of one row, from the device or chosen here."""
-    if pick is None:
-        assert logits is not None
-        return live.sampler.sample(logits[row])
-    if token < 0:
-        raise DeviceError(NO_NUMBERS)
-    if pick.constraint is not None:
-        pick.constraint.accept(token)
-    return Sample(token)

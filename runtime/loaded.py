@@ -20,9 +20,10 @@ from qcn_compile.errors import ArtifactError, QcnError, UsageError
 from qcn_compile.runtime.cuda.device import CudaDevice
 from qcn_compile.runtime.cuda.executable import CudaExecutable, open_cuda
 from qcn_compile.runtime.device import CpuDevice, check_processor
-from qcn_compile.runtime.engine import Engine, EngineConfig, Output, check_tokens
+from qcn_compile.runtime.engine import Engine, EngineConfig, check_tokens
 from qcn_compile.runtime.executable import Executable
 from qcn_compile.runtime.memory import MemoryPlan, plan_memory
+from qcn_compile.runtime.output import Output
 from qcn_compile.runtime.prefix.build import prefix_cache
 from qcn_compile.runtime.prefix.options import PrefixOptions
 from qcn_compile.runtime.ragged import RaggedSequences

@@ -9,8 +9,8 @@ from contextlib import suppress
 from typing import Any
 
 from qcn_compile.errors import CapacityError, UsageError
-from qcn_compile.runtime.engine import Output, Timing
 from qcn_compile.runtime.loaded import Model, Prompt
+from qcn_compile.runtime.output import Output, Timing
 from qcn_compile.runtime.request import SamplingParams
 
 HELP = "/clear forgets the conversation, /exit leaves"

@@ -8,7 +8,7 @@ from typing import Any
 from qcn_compile.planning.verdict import Verdict
 from qcn_compile.targets.spec import Hardware
 
-REJECTED = 6  # lines of rejected candidates; qcn-inspect decisions shows all
+REJECTED = 6  # lines of rejected candidates; --json has all
 
 
 def lines(verdict: Verdict) -> Iterator[str]:
@@ -36,7 +36,7 @@ def lines(verdict: Verdict) -> Iterator[str]:
     for row in data["rejected"][:REJECTED]:
         yield _row("not", "", f"{row['what']}: {row['reason']}")
     if len(data["rejected"]) > REJECTED:
-        yield _row("", "", f"and {len(data['rejected']) - REJECTED} more, in --json and in qcn-inspect decisions")
+        yield _row("", "", f"and {len(data['rejected']) - REJECTED} more, in --json")
 
 
 def _speed(speed: dict[str, Any], chip: Hardware) -> Iterator[str]:

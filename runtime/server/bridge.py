@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from qcn_compile.errors import QcnError
-from qcn_compile.runtime.engine import Output
+from qcn_compile.runtime.output import Output
 from qcn_compile.runtime.request import FinishReason, SamplingParams
 from qcn_compile.runtime.sampler import Constraint
 from qcn_compile.runtime.server.errors import ApiError, from_runtime, overloaded

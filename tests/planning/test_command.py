@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -25,6 +26,15 @@ def plan(capsys: pytest.CaptureFixture[str], *flags: str) -> dict[str, Any]:
 def refused(capsys: pytest.CaptureFixture[str], *flags: str) -> str:
     assert main(["--plan-only", *flags]) == 2
     return capsys.readouterr().err
+
+
+def test_a_reader_that_leaves_gets_no_traceback() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "qcn_compile.cli", "--plan-only", "--target", "h100"]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    os.close(writing)
+    assert done.returncode == 141 and done.stderr == ""
 
 
 def test_it_needs_no_torch_and_no_time() -> None:

@@ -6,7 +6,7 @@ import time
 
 from qcn_compile.errors import DeviceError
 from qcn_compile.runtime.detokenize import Detokenizer
-from qcn_compile.runtime.engine import Output
+from qcn_compile.runtime.output import Output
 from qcn_compile.runtime.request import FinishReason
 from qcn_compile.runtime.sampler import Sample
 
