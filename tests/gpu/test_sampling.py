@@ -30,7 +30,7 @@ def settings() -> dict[str, dict[str, Any]]:
 
 def test_the_distribution_is_the_hosts() -> None:
     from card import Card
-    from test_sample import SLOTS, Board, expected, picks_of, request, surprise
+    from test_sample import SLOTS, Board, adjusted, expected, picks_of, request, surprise
 
     card = Card(FULL / "kernels")
     board = Board(card, VOCAB, ROWS)
@@ -43,7 +43,7 @@ def test_the_distribution_is_the_hosts() -> None:
             one = request(SLOTS - 1, **params)
             tokens = np.concatenate([board.choose(np.tile(peaked, (ROWS, 1)), picks_of(one, ROWS, seed))
                                      for seed in range(16)])
-            worst[name] = surprise(tokens, expected(peaked, one))
+            worst[name] = surprise(tokens, expected(peaked, one), adjusted(peaked, one))
         say("chi square over degrees of freedom: " + ", ".join(f"{n} {v:.2f}" for n, v in worst.items()))
         assert max(worst.values()) < 2.0
         rows = (rng.standard_normal((ROWS, VOCAB)) * 3).astype(np.float32)

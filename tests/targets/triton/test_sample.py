@@ -96,10 +96,12 @@ def expected(logits: np.ndarray, one: Request, constraint: Any = None) -> np.nda
     return whole
 
 
-def surprise(tokens: np.ndarray, wanted: np.ndarray) -> float:
-    """Chi square over its degrees of freedom, rare tokens pooled; infinite for a token that cannot be."""
+def surprise(tokens: np.ndarray, wanted: np.ndarray, row: np.ndarray | None = None) -> float:
+    """Chi square over its degrees of freedom, rare tokens pooled; infinite for a token that cannot be. With `row`, the
+    logits, those as large as the smallest kept one can be: a search over the whole vocabulary does not part equals."""
     count = np.bincount(tokens, minlength=len(wanted))
-    if count[wanted == 0].any():
+    never = wanted == 0 if row is None else row < row[wanted > 0].min()
+    if count[never].any():
         return float("inf")
     common = wanted * len(tokens) >= 5
     got = np.append(count[common], count[~common].sum())
