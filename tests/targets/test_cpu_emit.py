@@ -21,7 +21,7 @@ SAMPLE = [
     Kernel.make("linear", n=40, k=100, fmt="int4", act="int8", rows="T", times=1, stride=0, many=False, add="",
                 stride_r=0),
     Kernel.make("rms_norm", rows="T", times=1, heads=1, width=100, stride=0, eps=1e-6, threads=True),
-    Kernel.make("rope_table", rows="T", width=8, scaling=1.0, threads=False),
+    Kernel.make("rope_table", rows="T", width=8, scaling=1.0, threads=False, factor=True),
 ]
 
 

@@ -102,7 +102,7 @@ def test_bytes_repeat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_limits_and_failures_name_the_kernel(tmp_path: Path) -> None:
     kernel = full_size(DECODE_1)[0]
-    with pytest.raises(LoweringError, match=f"{kernel.symbol} needs 300000 bytes of shared memory, a100 has 166912"):
+    with pytest.raises(LoweringError, match=f"{kernel.symbol} needs 300000 bytes of shared memory, a100-80 has 166912"):
         check_limits(kernel, {"shared": 300_000}, hardware("a100"))
     broken = Kernel.make("gather_rows", D=3, BD=3, SX=3)  # a block that is no power of two
     with pytest.raises(LoweringError, match="gather_rows_BD3_D3_SX3: Triton cannot compile it for sm_90"):
