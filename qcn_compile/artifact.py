@@ -187,7 +187,7 @@ def building(output: Path, force: bool) -> Iterator[Path]:
         raise UsageError(f"{output} exists and is no build of ours: name another folder or remove it")
     scratch = output.parent / f".{output.name}.partial-{os.getpid()}"
     for left in output.parent.glob(f".{glob.escape(output.name)}.partial-*"):
-        if not _alive(int(left.name.rpartition("-")[2])):
+        if not alive(int(left.name.rpartition("-")[2])):
             shutil.rmtree(left, ignore_errors=True)
     try:
         scratch.mkdir(parents=True, exist_ok=True)
@@ -201,7 +201,8 @@ def building(output: Path, force: bool) -> Iterator[Path]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _alive(process: int) -> bool:
+def alive(process: int) -> bool:
+    """Whether a process of that number runs, whoever owns it."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:

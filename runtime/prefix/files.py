@@ -16,6 +16,8 @@ from typing import BinaryIO
 
 import numpy as np
 
+from qcn_compile.artifact import alive
+
 MAGIC = b"qcn-prefix 1\n"
 SUFFIX = ".prefix"
 _WAITING = 1 << 30  # bytes that may wait to be written; more are not stored
@@ -82,7 +84,8 @@ class PrefixFiles:
         """Files of this build and their nodes' tokens, those of shorter prefixes first. Leftovers of writes go."""
         for path in self._folder.glob("*.partial-*"):
             with suppress(OSError, ValueError):
-                if not _alive(int(path.suffix.rpartition("-")[2])):
+                writer = int(path.suffix.rpartition("-")[2])
+                if writer == os.getpid() or not alive(writer):
                     path.unlink()
         found = []
         for path in self._folder.glob("*" + SUFFIX):
@@ -209,13 +212,3 @@ def _first_line(handle: BinaryIO) -> bytes:
     if handle.read(len(MAGIC)) != MAGIC:
         raise ValueError("no prefix file")
     return handle.readline(4096)
-
-
-def _alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return process != os.getpid()
