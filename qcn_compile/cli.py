@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,9 +45,10 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--mtp", action="store_true", help="also build the MTP draft head")
     top.add_argument("--force", action="store_true", help="replace an output directory that is no build of ours")
     top.add_argument("--json", action="store_true", help="print the result as one JSON object")
-    top.add_argument("--emit", default="build", choices=["build", "onnx"],
+    top.add_argument("--emit", default="build", choices=["build", "onnx", "onnx-fused"],
                      help="build: an artifact for qcn-run (default); onnx: a folder (default: build-onnx) with the "
-                     "unfused graph of one sequence, caches as inputs and outputs")
+                     "graph of one sequence as traced, caches as inputs and outputs; onnx-fused: the same after the "
+                     "passes, up to --stop-after")
     top.add_argument("--plugin", action="append", default=[], type=Path, metavar="FILE",
                      help="Python file with passes, ops or kernels; may be repeated")
     command.add_flags(top)
@@ -74,8 +76,6 @@ def _run(args: argparse.Namespace) -> int:
 
     if args.tp not in (None, 1):
         raise UsageError(f"--tp {args.tp}: builds are for one GPU or CPU so far; leave --tp out")
-    if args.emit == "onnx":
-        return _emit_onnx(args)
     load_plugins(args.plugin)  # they may bring passes that other flags name
     for name in filter(lambda n: n not in ("", "all"), [args.print_ir_after, args.stop_after, *args.disable_pass]):
         if name not in REGISTRY:
@@ -84,6 +84,8 @@ def _run(args: argparse.Namespace) -> int:
     options = Options(dtype=args.dtype, quant=args.quant, activations=args.activations, mcpu=args.mcpu,
                       context_length=args.context_length, mtp=args.mtp, weights=args.weights, force=args.force,
                       tracing=tracing, disabled=tuple(args.disable_pass), plugins=tuple(args.plugin))
+    if args.emit != "build":
+        return _emit_onnx(args, options)
     if args.stop_after:
         return _stop_after(args, options)
     built = compile(args.model, args.target, args.output, options, None if args.json else progress_bars())
@@ -91,10 +93,18 @@ def _run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _emit_onnx(args: argparse.Namespace) -> int:
+def _emit_onnx(args: argparse.Namespace, options: Options) -> int:
     from qcn_compile.onnx.emit import emit
 
-    made = emit(args.model, Path("build-onnx" if args.output == "build" else args.output), args.force)
+    fused = args.emit == "onnx-fused"
+    if not fused and (args.stop_after or args.disable_pass or args.quant != "auto"):
+        raise UsageError("--emit onnx writes the graph before any pass; with --stop-after, --disable-pass or --quant, "
+                         "use --emit onnx-fused")
+    plain = args.quant in ("auto", "none")
+    options = replace(options, dtype=args.dtype or "fp32", quant="none" if plain else args.quant,
+                      activations=None if plain else args.activations or "fp32")
+    made = emit(args.model, Path("build-onnx" if args.output == "build" else args.output),
+                options if fused else None, args.force)
     size = sum(file.stat().st_size for file in made.iterdir())
     print(json.dumps({"path": str(made)}) if args.json else f"wrote {made}/model.onnx, {size / 1e6:.1f} MB in all")
     return 0

@@ -116,6 +116,13 @@ def optimised(model: str | Path | None, target: str, options: Options) -> Graph:
     return _optimise(traced.main, decision, PassContext(target=target), options)
 
 
+def optimise(traced: Traced, options: Options) -> Graph:
+    """The main graph of a model traced in fp32 after the pipeline, as the CPU gets it."""
+    decision = decide(traced, load_target("cpu", options.mcpu), options.dtype, options.quant, options.activations,
+                      options.context_length)
+    return _optimise(traced.main, decision, PassContext(), options)
+
+
 def trace(model: str | Path | Any | None = None, dtype: str = "f32") -> Graph:
     """The main graph of a model as traced, before any pass, computed in `dtype` (f32 or bf16).
 

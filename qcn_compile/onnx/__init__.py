@@ -1,1 +1,1 @@
-"""`--emit onnx`: the unfused graph for one sequence, in standard ONNX ops, caches as inputs and outputs."""
+"""`--emit onnx`: a graph for one sequence, custom ops as functions of standard ones, caches as inputs and outputs."""

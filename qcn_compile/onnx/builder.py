@@ -1,7 +1,8 @@
-"""Nodes, constants and weights of the ONNX graph under construction. Weights go straight into the data file."""
+"""Nodes, constants, functions and weights of the ONNX model under construction."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from qcn_compile.ir.types import Dim, DType, TensorType
 
 OPSET = 18  # what the standard ops used here need; every onnxruntime since 1.14 has it
+DOMAIN = "qcn"  # of the functions: rows of the op table that no single standard op computes
 ALIGNMENT = 4096  # of weights in the data file, so that they can be mapped
 KINDS = {DType.f32: TensorProto.FLOAT, DType.i64: TensorProto.INT64, DType.i32: TensorProto.INT32,
          DType.i1: TensorProto.BOOL, DType.i8: TensorProto.INT8, DType.u8: TensorProto.UINT8,
@@ -20,15 +22,11 @@ KINDS = {DType.f32: TensorProto.FLOAT, DType.i64: TensorProto.INT64, DType.i32: 
 LAST = 2 ** 31 - 1
 
 
-class Builder:
-    """Collects a graph; methods that add nodes return the names of their results."""
+class Nodes:
+    """Collects nodes; methods that add one return the name of its result. `constant` says where constants live."""
 
-    def __init__(self, data: BinaryIO, location: str) -> None:
-        self.data, self.location = data, location
+    def __init__(self) -> None:
         self.nodes: list[Any] = []
-        self.initializers: list[Any] = []
-        self.inputs: list[Any] = []
-        self.outputs: list[Any] = []
         self.fresh = 0
         self._constants: dict[tuple[str, bytes, tuple[int, ...]], str] = {}
 
@@ -56,20 +54,12 @@ class Builder:
         key = (str(array.dtype), array.tobytes(), array.shape)
         if key not in self._constants:
             self._constants[key] = self.name("constant")
-            self.initializers.append(numpy_helper.from_array(array, self._constants[key]))
+            self.define(numpy_helper.from_array(array, self._constants[key]))
         return self._constants[key]
 
-    def weight(self, name: str, tensor: Tensor) -> str:
-        """A tensor in the data file, as f32."""
-        array = np.ascontiguousarray(tensor.float().numpy())
-        self.data.write(b"\0" * (-self.data.tell() % ALIGNMENT))
-        proto = TensorProto(name=name, data_type=TensorProto.FLOAT, dims=array.shape,
-                            data_location=TensorProto.EXTERNAL)
-        for key, value in (("location", self.location), ("offset", self.data.tell()), ("length", array.nbytes)):
-            proto.external_data.add(key=key, value=str(value))
-        self.data.write(array.data)
-        self.initializers.append(proto)
-        return name
+    def define(self, tensor: Any) -> None:
+        """A node that makes a constant: functions have no initializers."""
+        self.nodes.append(helper.make_node("Constant", [], [tensor.name], value=tensor))
 
     def silu(self, x: str) -> str:
         """x * sigmoid(x)."""
@@ -83,10 +73,54 @@ class Builder:
         """The same elements; one size may be -1."""
         return self.node("Reshape", x, self.ints(*shape), outputs=outputs)
 
+
+class Builder(Nodes):
+    """The model's own graph, and the functions it calls. Weights go straight into the data file."""
+
+    def __init__(self, data: BinaryIO, location: str) -> None:
+        super().__init__()
+        self.data, self.location = data, location
+        self.initializers: list[Any] = []
+        self.inputs: list[Any] = []
+        self.outputs: list[Any] = []
+        self.functions: dict[Hashable, Any] = {}
+
+    def define(self, tensor: Any) -> None:
+        """An initializer."""
+        self.initializers.append(tensor)
+
+    def weight(self, name: str, tensor: Tensor) -> str:
+        """A tensor in the data file, as f32."""
+        array = np.ascontiguousarray(tensor.float().numpy())
+        self.data.write(b"\0" * (-self.data.tell() % ALIGNMENT))
+        proto = TensorProto(name=name, data_type=TensorProto.FLOAT, dims=array.shape,
+                            data_location=TensorProto.EXTERNAL)
+        for key, value in (("location", self.location), ("offset", self.data.tell()), ("length", array.nbytes)):
+            proto.external_data.add(key=key, value=str(value))
+        self.data.write(array.data)
+        self.initializers.append(proto)
+        return name
+
+    def function(self, key: Hashable, name: str, doc: str, arity: tuple[int, int],
+                 body: Callable[[Nodes, list[str], list[str]], None]) -> str:
+        """Name of the function of that key, written on first use: `body` gets its inputs and outputs."""
+        if key not in self.functions:
+            count = sum(f.name.partition(".")[0] == name for f in self.functions.values())
+            inside, (inputs, outputs) = Nodes(), arity
+            ins, outs = [f"in{i}" for i in range(inputs)], [f"out{i}" for i in range(outputs)]
+            body(inside, ins, outs)
+            self.functions[key] = helper.make_function(
+                DOMAIN, f"{name}.{count + 1}" if count else name, ins, outs, inside.nodes,
+                [helper.make_opsetid("", OPSET)])
+            self.functions[key].doc_string = doc
+        return str(self.functions[key].name)
+
     def model(self, name: str) -> Any:
         """The finished model."""
         graph = helper.make_graph(self.nodes, name, self.inputs, self.outputs, self.initializers)
-        return helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=8,
+        domains = ["", DOMAIN] if self.functions else [""]
+        versions = [helper.make_opsetid(d, OPSET if d == "" else 1) for d in domains]
+        return helper.make_model(graph, opset_imports=versions, functions=list(self.functions.values()), ir_version=8,
                                  producer_name="qcn-compile")
 
 

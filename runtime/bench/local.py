@@ -63,6 +63,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
            "tokens": getattr(arguments, "tokens", tokens), "batch": getattr(arguments, "batch", 1), "rounds": 3}
     for build in filter(None, (arguments.build, arguments.vs)):
         read_manifest(build)
+    gpu = read_manifest(arguments.build).target.get("kind") == "gpu"
     with ExitStack() as stack:
         sides = [Side(str(arguments.build), arguments.build)]
         if arguments.vs is not None:
@@ -71,20 +72,27 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             sides.append(stack.enter_context(base(arguments.base, arguments.build, arguments.model)))
         if (trace := getattr(arguments, "chrome_trace", None)) is not None:
             sides[0].measure({**job, "trace": str(trace)})
-        samples, limits = measured(sides, job, arguments.rounds)
+        probes = [] if gpu else [roof(threads)]
+        samples = measured(sides, job, arguments.rounds)
+        probes += [] if gpu else [roof(threads)]
+        limits = {key: max(p[key] for p in probes) for key in ("read", "flops")} if probes else on_file(sides[0])
         rows = [result(side, job, rounds, limits) for side, rounds in zip(sides, samples, strict=True)]
-    return {"what": arguments.command, "job": job, "machine": machine(threads), "limits": limits, "sides": rows}
+    return {"what": arguments.command, "job": job, "machine": machine(threads), "limits": limits,
+            "measured": bool(probes), "sides": rows}
 
 
-def measured(sides: Sequence[Side], job: dict[str, Any], rounds: int) -> tuple[list[list[Any]], dict[str, float]]:
-    """Samples of each side, taken in turns, and the machine's limits: the best of probes before and after."""
+def on_file(side: Side) -> dict[str, float]:
+    """GB/s and GFLOP/s of a GPU as its data sheet has them; empty when the build names none."""
+    return read_manifest(side.build).target.get("limits") or {}
+
+
+def measured(sides: Sequence[Side], job: dict[str, Any], rounds: int) -> list[list[Any]]:
+    """Samples of each side, taken in turns."""
     samples: list[list[Any]] = [[] for _ in sides]
-    probes = [roof(job["threads"])]
     for _ in range(rounds):
         for side, found in zip(sides, samples, strict=True):
             found.append(side.end_to_end(job) if job["what"] == "e2e" else side.measure(job))
-    probes.append(roof(job["threads"]))
-    return samples, {key: max(probe[key] for probe in probes) for key in probes[0]}
+    return samples
 
 
 def machine(threads: int) -> dict[str, Any]:
@@ -97,15 +105,15 @@ def machine(threads: int) -> dict[str, Any]:
 
 
 def result(side: Side, job: dict[str, Any], rounds: list[Any], limits: dict[str, float]) -> dict[str, Any]:
-    """The median of a side's samples, with what the limits would allow."""
-    gpu = read_manifest(side.build).target.get("kind") == "gpu"
-    known = {} if gpu else limits
-    if job["what"] == "kernels":
-        return {"name": side.name, "kernels": [against(row, row["seconds"] / row["calls"], row["bytes"] / row["calls"],
-                                                       row["flops"] / row["calls"], known) for row in merged(rounds)]}
+    """The median of a side's samples, with what the limits would allow: on a GPU those on file."""
+    known = on_file(side) if read_manifest(side.build).target.get("kind") == "gpu" else limits
     if job["what"] == "e2e":
         return {"name": side.name, **{key: median(r[key] for r in rounds) for key in rounds[0]}}
-    return speed(side, job, [row for found in rounds for row in found], known)
+    row, rounds = {"name": side.name, "device": rounds[0]["device"]}, [found["rows"] for found in rounds]
+    if job["what"] == "kernels":
+        return {**row, "kernels": [against(row, row["seconds"] / row["calls"], row["bytes"] / row["calls"],
+                                                       row["flops"] / row["calls"], known) for row in merged(rounds)]}
+    return {**row, **speed(side, job, [row for found in rounds for row in found], known)}
 
 
 def speed(side: Side, job: dict[str, Any], samples: list[dict[str, Any]], limits: dict[str, float]) -> dict[str, Any]:
@@ -113,7 +121,7 @@ def speed(side: Side, job: dict[str, Any], samples: list[dict[str, Any]], limits
     a prompt reads the weights once a chunk."""
     seconds, plan = median(r["seconds"] for r in samples), side.plan(samples[0]["plan"])
     events = [r["events_seconds"] for r in samples if r["events_seconds"]]
-    row = {"name": side.name, "plan": samples[0]["plan"],
+    row = {"plan": samples[0]["plan"],
            "tokens_per_second": median(r["tokens_per_second"] for r in samples),
            "spread": (max(r["seconds"] for r in samples) - min(r["seconds"] for r in samples)) / seconds}
     row |= {"events_seconds": median(events)} if events else {}

@@ -8,10 +8,14 @@ from typing import Any
 
 def table(data: dict[str, Any]) -> Iterator[str]:
     """The same for people."""
-    m, limits = data["machine"], data["limits"]
+    m, limits, card = data["machine"], data["limits"], data["sides"][0].get("device", "")
     yield (f"{data['what']} on {m['cpu']}, {m['threads']} of {m['cores']} cores, load {m['load']}, "
            f"Python {m['python']}, {m['date']}" + (f", commit {m['commit']}" if m["commit"] else ""))
-    yield f"limits measured now: read {limits['read']:.1f} GB/s, products {limits['flops']:.0f} GFLOP/s (fp32)"
+    if data["measured"]:
+        yield f"limits measured now: read {limits['read']:.1f} GB/s, products {limits['flops']:.0f} GFLOP/s (fp32)"
+    else:
+        yield f"on {card or 'a GPU'}; " + (f"limits on file: {limits['read']:.0f} GB/s, {limits['flops']:.0f} GFLOP/s "
+                                            "(bf16)" if limits else "no limits on file")
     yield from {"kernels": _kernels, "e2e": _end_to_end}.get(data["what"], _speed)(data["sides"])
 
 

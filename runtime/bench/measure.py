@@ -117,7 +117,8 @@ def main() -> None:
             result = [work(model, job) for _ in range(job["rounds"])]
             for row in result:
                 row["events_seconds"] = by_events(model, row["plan"])
-    print(json.dumps(result))
+        device = str(model._device)
+    print(json.dumps({"device": device, "rows": result}))
 
 
 if __name__ == "__main__":

@@ -118,6 +118,7 @@ class CudaExecutable(Plans):
         self._device, self._weights = device, weights
         self.footprint = footprint(build, manifest, self._plans, memory)
         self._base = device.allocate(self.workspace_bytes)
+        self._events: list[Any] = []  # of a profile
         self._allocate_caches(manifest)
         self._stages = [Stage(device, self._plans, -(-memory.context_length // memory.page_size)) for _ in range(2)]
         self._input_base = device.allocate(self._stages[0].nbytes)
@@ -212,7 +213,9 @@ class CudaExecutable(Plans):
 
     def _timed(self, plan: Plan) -> np.ndarray:
         """Seconds of each launch, run one by one."""
-        events = [self._device.event() for _ in range(len(plan.launches) + 1)]
+        while len(self._events) <= len(plan.launches):
+            self._events.append(self._device.event())
+        events = self._events[:len(plan.launches) + 1]
         self._device.record(events[0])
         for prepared, event in zip(self._launches[plan.name], events[1:], strict=True):
             self._device.launch(prepared)

@@ -37,8 +37,10 @@ class GpuTarget:
         assert RING >= DECODE_TOKENS + TAPS
 
     def describe(self) -> dict[str, object]:
-        """What the manifest records of the card."""
-        return {"arch": self.hardware.arch, "shared": self.hardware.shared}
+        """What the manifest records of the card; limits on file: GB/s, and GFLOP/s of bf16 products."""
+        chip = self.hardware
+        limits = {"read": chip.bandwidth.value, "flops": chip.flops.value} if chip.bandwidth and chip.flops else None
+        return {"arch": chip.arch, "shared": chip.shared, "limits": limits}
 
     def specialise(self, ops: Sequence[Op], outputs: Sequence[Value], bucket: Bucket) -> list[Op]:
         """The ops of a bucket: in some, ops are fused that stay apart in others; last, the choice of tokens."""

@@ -12,12 +12,20 @@ pytest.importorskip("onnxruntime")
 import onnx
 import onnxruntime
 
+from qcn_compile.cli import main
+from qcn_compile.compile import Options, optimise
 from qcn_compile.errors import LoweringError
 from qcn_compile.frontend import Traced, trace_model
 from qcn_compile.frontend.checkpoint import locate
+from qcn_compile.ir.batch import Batch
 from qcn_compile.ir.interpret import default_inputs, run
+from qcn_compile.ir.optable import TABLE
+from qcn_compile.ir.sample import sample_inputs
 from qcn_compile.ir.text import parse_graph
 from qcn_compile.onnx import emit
+from qcn_compile.onnx.bodies import BODIES
+from qcn_compile.onnx.mixers import MIXERS
+from qcn_compile.onnx.rows import ROWS
 
 PROMPT = "def add(a, b):\n    return"
 
@@ -27,10 +35,11 @@ def traced() -> Traced:
     return trace_model(locate(None, "cpu"))
 
 
-@pytest.fixture(scope="module")
-def folder(traced: Traced, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("onnx")
-    emit.write(traced.main, traced.weights.get, made)
+@pytest.fixture(scope="module", params=["unfused", "fused"])
+def folder(request: pytest.FixtureRequest, traced: Traced, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp(request.param)
+    options = Options(dtype="fp32", quant="none")
+    emit.write(traced.main if request.param == "unfused" else optimise(traced, options), traced.weights.get, made)
     return made
 
 
@@ -43,12 +52,15 @@ class Sequence:
         self.session = onnxruntime.InferenceSession(str(folder / emit.FILE), options)
         self.states = {i.name: np.zeros([0 if d == "P" else d for d in i.shape], np.float32)
                        for i in self.session.get_inputs() if i.name.startswith("past.")}
+        self.takes_rows = any(i.name == "rows" for i in self.session.get_inputs())
         self.length = 0
 
     def step(self, tokens: list[int]) -> np.ndarray:
         positions = np.arange(self.length, self.length + len(tokens), dtype=np.int32)
         names = [o.name for o in self.session.get_outputs()]
-        values = self.session.run(names, {"tokens": np.array(tokens, np.int32), "positions": positions, **self.states})
+        rows = {"rows": np.arange(len(tokens), dtype=np.int32)} if self.takes_rows else {}
+        values = self.session.run(names, {"tokens": np.array(tokens, np.int32), "positions": positions, **rows,
+                                          **self.states})
         found: dict[str, Any] = dict(zip(names, values, strict=True))
         self.states = {name: found[name.replace("past.", "present.", 1)] for name in self.states}
         self.length += len(tokens)
@@ -93,11 +105,89 @@ def test_sizes_are_symbolic_and_weights_external(folder: Path) -> None:
     assert shapes["tokens"] == ["T"]
     assert shapes["past.kv.model.layers.3.self_attn.k"] == [1, 2, "P", 64]
     assert shapes["past.delta.model.layers.0.linear_attn"] == [1, 8, 32, 32]
-    assert {node.domain for node in model.graph.node} == {""}
+
+
+def kinds(nodes: Any) -> set[tuple[str, str]]:
+    """Domain and kind of every node, those of subgraphs included."""
+    found = set()
+    for node in nodes:
+        found.add((node.domain, node.op_type))
+        for attribute in node.attribute:
+            found |= kinds(attribute.g.node)
+    return found
+
+
+def test_custom_ops_are_functions_of_standard_ops(folder: Path) -> None:
+    model = onnx.load(str(folder / emit.FILE), load_external_data=False)
+    called = {kind for domain, kind in kinds(model.graph.node) if domain == "qcn"}
+    assert called == {f.name for f in model.functions}  # one for each attributes and sizes, shared by all layers
+    rows = {name.partition(".")[0] for name in called}
+    assert rows == ({"attention", "causal_conv1d", "gated_delta_rule", "moe_experts"} if "unfused" in folder.name else
+                    {"rms_norm", "delta_net", "moe_add", "moe_route", "rope_table", "rope_append", "paged_attention",
+                     "linear_add"})
+    assert len(model.functions) <= len(rows) + 2
+    for function in model.functions:
+        assert all(domain == "" and onnx.defs.has(kind) for domain, kind in kinds(function.node))
+        assert TABLE[function.name.partition(".")[0]].doc in function.doc_string
+
+
+OTHERS = """graph @main(%x: f32[T,8], %r: f32[T,8], %w: f32[8], %l: f32[T,5], %q: f32[T,4,6], %k: f32[T,2,6], \
+%v: f32[T,2,6], %p: i32[T], %f: f32[2], %a: f32[T,3], %d: f32[3], %batch: batch) {
+  state @kv.a : kv f32[2,6]
+  %n : f32[T,8] = rms_norm(%x, %w) {eps=1e-05}
+  %s : f32[T,8], %y : f32[T,8] = add_rms_norm(%n, %r, %w) {eps=1e-06}
+  %z : f32[T,8] = gated_rms_norm(%s, %y, %w) {eps=1e-06}
+  %u : f32[T,8] = silu_mul(%z, %x)
+  %m : f32[T,8] = mul_sigmoid(%u, %r)
+  %g : f32[T,3] = delta_gate(%a, %d, %d)
+  %i1 : i32[T,2], %w1 : f32[T,2] = moe_route(%l) {top_k=2, normalize=false, shared=false}
+  %i2 : i32[T,3], %w2 : f32[T,3] = moe_route(%l) {top_k=2, normalize=true, shared=true}
+  %cos : f32[T,2], %sin : f32[T,2] = rope_table(%p, %f) {scaling=1.5}
+  %t : f32[T,4,6] = rope(%q, %cos, %sin)
+  %qr : f32[T,4,6] = rope_append(%t, %k, %v, none, none, %cos, %sin, %batch) {eps=1e-06, state=@kv.a}
+  %o : f32[T,24] = paged_attention(%qr, none, %batch) {scale=0.4, state=@kv.a}
+  return %m, %g, %i1, %w1, %i2, %w2, %o
+}
+"""
+
+
+def test_rows_that_these_graphs_lack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = parse_graph(OTHERS)
+    monkeypatch.setattr(emit, "OUTPUTS", tuple(f"out.{v.name}" for v in graph.outputs))
+    emit.write(graph, lambda name: None, tmp_path)
+    given = sample_inputs(graph) | {"batch": Batch.fresh([8])}
+    feed = {v.name: given[v.name].numpy() for v in graph.inputs if v.name != "batch"}
+    feed |= {f"past.kv.a.{part}": np.zeros((1, 2, 0, 6), np.float32) for part in "kv"}
+    session = onnxruntime.InferenceSession(str(tmp_path / emit.FILE))
+    for value, want, have in zip(graph.outputs, run(graph, given), session.run(list(emit.OUTPUTS), feed), strict=True):
+        np.testing.assert_allclose(have, want.numpy(), rtol=1e-5, atol=1e-6, err_msg=value.name)
+
+
+def test_every_row_has_an_onnx_form() -> None:
+    ours = {name for name, row in TABLE.items() if (row.reference.__module__ or "").startswith("qcn_compile.")}
+    on_weights, of_ranks = {"weight", "encode", "take_rows"}, {"all_reduce", "all_gather", "local_experts"}
+    assert ours - {*ROWS, *BODIES, *MIXERS} == on_weights | of_ranks
+
+
+def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], traced: Traced,
+                               monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up to a pass, weights as they remain after quantisation."""
+    monkeypatch.setattr(emit, "trace_model", lambda located, dtype: traced)
+    for flags, lacking in ((["--stop-after", "fuse-norm"], "delta_net"), (["--quant", "int4"], "rms_norm_none")):
+        out = tmp_path / lacking
+        assert main(["--emit", "onnx-fused", *flags, "-o", str(out)]) == 0
+        names = {f.name.partition(".")[0] for f in onnx.load(str(out / emit.FILE), load_external_data=False).functions}
+        assert "rms_norm" in names and lacking not in names
+    sequence, tokens = Sequence(out), [5, 6, 7, 8]
+    graph = optimise(traced, Options(dtype="fp32", quant="int4", activations="fp32"))
+    want = run(graph, default_inputs(graph, [tokens]), traced.weights.get)[0].numpy()
+    assert close(sequence.step(tokens), want) and not close(want, expected(traced, tokens))
+    assert main(["--emit", "onnx", "--stop-after", "fuse-norm", "-o", str(tmp_path / "x")]) == 2
+    assert "use --emit onnx-fused" in capsys.readouterr().err
 
 
 def test_an_op_without_onnx_form_is_named(tmp_path: Path) -> None:
-    graph = parse_graph("graph @main(%x: f32[T,4]) {\n  %1 : f32[T,4] = silu_mul(%x, %x)  ; here (a.py:1)\n"
+    graph = parse_graph("graph @main(%x: f32[T,4]) {\n  %1 : f32[T,4] = all_reduce(%x) {ranks=2}  ; here (a.py:1)\n"
                         "  return %1\n}\n")
-    with pytest.raises(LoweringError, match=r"silu_mul at here \(a.py:1\) has no ONNX form"):
+    with pytest.raises(LoweringError, match=r"all_reduce at here \(a.py:1\) has no ONNX form"):
         emit.write(graph, lambda name: None, tmp_path)
