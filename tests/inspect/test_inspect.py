@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import shutil
 import subprocess
 import sys
-from functools import cache
 from pathlib import Path
 
 import pytest
+from inspected import traced
 
 import qcn_compile as qcn
-import qcn_compile.compile
 from qcn_compile.inspect import cli
 from qcn_compile.inspect.build import Build
 from qcn_compile.inspect.show import plot
@@ -31,23 +28,6 @@ TEXT = """graph @main(%x: f32[T,4], %batch: batch) {
   return %4
 }
 """
-
-
-traced = cache(sys.modules["qcn_compile.compile"].trace_model)
-
-
-@pytest.fixture(scope="session")
-def build(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One int4 build, made by the first worker that asks."""
-    base = tmp_path_factory.getbasetemp()
-    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "qcn-inspect"  # of this run only
-    shared.mkdir(exist_ok=True)
-    with (shared / "lock").open("w") as lock, pytest.MonkeyPatch.context() as patch:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (shared / "build/manifest.json").is_file():
-            patch.setattr(sys.modules["qcn_compile.compile"], "trace_model", traced)
-            qcn.compile(None, "cpu", shared / "build", quant="int4")
-    return shared / "build"
 
 
 def run(*words: str, capsys: pytest.CaptureFixture[str]) -> str:
