@@ -180,11 +180,18 @@ def write_json(path: Path, data: Any) -> None:
     path.write_text(json.dumps(data, indent=1, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def check_output(output: Path, force: bool) -> None:
+    """Raise UsageError for a path that holds something else than a build, unless it may be replaced."""
+    if output.is_file() and not force:
+        raise UsageError(f"{output} is a file: name a folder")
+    if output.exists() and not force and not (output / "manifest.json").is_file() and any(output.iterdir()):
+        raise UsageError(f"{output} exists and is no build of ours: name another folder or remove it")
+
+
 @contextmanager
 def building(output: Path, force: bool) -> Iterator[Path]:
     """A scratch directory beside `output` that takes its place on success and vanishes on any failure."""
-    if output.exists() and not force and not (output / "manifest.json").is_file() and any(output.iterdir()):
-        raise UsageError(f"{output} exists and is no build of ours: name another folder or remove it")
+    check_output(output, force)
     scratch = output.parent / f".{output.name}.partial-{os.getpid()}"
     for left in output.parent.glob(f".{glob.escape(output.name)}.partial-*"):
         if not alive(int(left.name.rpartition("-")[2])):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from qcn_compile import __version__
 from qcn_compile.commands import guarded
 from qcn_compile.errors import UsageError
+from qcn_compile.flags import check
 from qcn_compile.planning import command
 
 if TYPE_CHECKING:
@@ -69,13 +70,15 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
+    if args.emit == "onnx" and (args.stop_after or args.disable_pass or args.quant != "auto"):
+        raise UsageError("--emit onnx writes the graph before any pass; with --stop-after, --disable-pass or --quant, "
+                         "use --emit onnx-fused")
+    check(args, _output(args))
     from qcn_compile.compile import Options, compile, progress_bars
     from qcn_compile.passes.base import REGISTRY
     from qcn_compile.pipeline import Tracing
     from qcn_compile.plugins import load_plugins
 
-    if args.tp not in (None, 1):
-        raise UsageError(f"--tp {args.tp}: builds are for one GPU or CPU so far; leave --tp out")
     load_plugins(args.plugin)  # they may bring passes that other flags name
     for name in filter(lambda n: n not in ("", "all"), [args.print_ir_after, args.stop_after, *args.disable_pass]):
         if name not in REGISTRY:
@@ -93,18 +96,18 @@ def _run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _output(args: argparse.Namespace) -> Path:
+    return Path("build-onnx" if args.emit != "build" and args.output == "build" else args.output)
+
+
 def _emit_onnx(args: argparse.Namespace, options: Options) -> int:
     from qcn_compile.onnx.emit import emit
 
     fused = args.emit == "onnx-fused"
-    if not fused and (args.stop_after or args.disable_pass or args.quant != "auto"):
-        raise UsageError("--emit onnx writes the graph before any pass; with --stop-after, --disable-pass or --quant, "
-                         "use --emit onnx-fused")
     plain = args.quant in ("auto", "none")
     options = replace(options, dtype=args.dtype or "fp32", quant="none" if plain else args.quant,
                       activations=None if plain else args.activations or "fp32")
-    made = emit(args.model, Path("build-onnx" if args.output == "build" else args.output),
-                options if fused else None, args.force)
+    made = emit(args.model, _output(args), options if fused else None, args.force)
     size = sum(file.stat().st_size for file in made.iterdir())
     print(json.dumps({"path": str(made)}) if args.json else f"wrote {made}/model.onnx, {size / 1e6:.1f} MB in all")
     return 0

@@ -35,7 +35,7 @@ def guarded(name: str, body: Callable[[], int]) -> int:
 
 
 def opt(argv: list[str] | None = None) -> int:
-    """Entry point of qcn-opt, whose module needs the compiler's packages to be imported at all."""
+    """Entry point of qcn-opt."""
 
     def body() -> int:
         from qcn_compile.opt import main

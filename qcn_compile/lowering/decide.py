@@ -5,15 +5,14 @@ from __future__ import annotations
 import os
 from dataclasses import asdict, dataclass
 
-from qcn_compile.errors import UsageError
+from qcn_compile.flags import check_context
 from qcn_compile.frontend import Traced
 from qcn_compile.ir.encoding import Encoding
 from qcn_compile.ir.graph import Graph
 from qcn_compile.lowering.schedule import stored_fraction
 from qcn_compile.targets.base import Target
+from qcn_compile.targets.choices import DTYPES, check_choices
 
-QUANTS = {"cpu": ("none", "int8", "int4"), "null": ("none", "int8", "int4"), "gpu": ("none", "fp8")}
-DTYPES = {"fp32": "f32", "bf16": "bf16"}
 SMALL = 256 << 20  # below this many bytes of bf16 weights, quantisation saves nothing a user would notice
 
 
@@ -35,19 +34,15 @@ class Decision:
 def decide(traced: Traced, target: Target, dtype: str | None, quant: str, activations: str | None,
            context_length: int | None) -> Decision:
     """Resolve the user's wishes. Raises UsageError naming what is impossible, with the number that breaks it."""
-    if dtype is not None and dtype not in DTYPES:
-        raise UsageError(f"--dtype {dtype}: choose fp32 or bf16")
+    check_choices(target.kind, target.name, dtype, quant, activations)
     reasons: dict[str, str] = {}
     elements = _elements(traced.main)
     base = _base(traced, target, dtype, reasons)
     format_ = _format(quant, elements, target, reasons)
+    check_choices(target.kind, target.name, dtype, format_, activations)
     acts = _activations(activations, format_, target, reasons)
     longest = int(traced.config.get("max_position_embeddings", 32768))
-    if context_length is not None and context_length > longest:
-        raise UsageError(f"--context-length {context_length}: the model was made for at most {longest} tokens; "
-                         f"ask for {longest} or less")
-    if context_length is not None and context_length < 1:
-        raise UsageError(f"--context-length {context_length}: must be at least 1")
+    check_context(context_length, longest)
     reasons["context_length"] = "asked for" if context_length else "the model's own limit"
     kept = base if format_ == "none" else format_
     size = int(elements * 4 * stored_fraction(Encoding(kept)))
@@ -64,8 +59,6 @@ def _elements(graph: Graph) -> int:
 
 def _base(traced: Traced, target: Target, dtype: str | None, reasons: dict[str, str]) -> str:
     if target.kind == "gpu":
-        if dtype == "fp32":
-            raise UsageError("--dtype fp32: GPU kernels read bf16 and fp8 weights; leave --dtype out")
         reasons["dtype"] = "GPU kernels compute on bf16"
         return "bf16"
     if dtype:
@@ -78,13 +71,9 @@ def _base(traced: Traced, target: Target, dtype: str | None, reasons: dict[str, 
 
 
 def _format(quant: str, elements: int, target: Target, reasons: dict[str, str]) -> str:
-    known = QUANTS[target.kind]
-    if quant in known:
+    if quant != "auto":
         reasons["quant"] = "asked for with --quant"
         return quant
-    if quant != "auto":
-        raise UsageError(f"--quant {quant}: the {target.name} target has {', '.join(known)} or auto"
-                         + (" (fp8 is a GPU format)" if quant == "fp8" else ""))
     if 2 * elements <= SMALL:
         reasons["quant"] = f"{2 * elements / 1e6:.1f} MB in bf16 is small: nothing to gain from fewer bits"
         return "none"
@@ -101,14 +90,8 @@ def _format(quant: str, elements: int, target: Target, reasons: dict[str, str]) 
 
 def _activations(asked: str | None, format_: str, target: Target, reasons: dict[str, str]) -> str:
     if target.kind == "gpu":
-        if asked:
-            raise UsageError(f"--activations {asked}: GPU kernels multiply bf16 activations; leave --activations out")
         reasons["activations"] = "GPU kernels multiply bf16 activations"
         return "f32"
-    if asked not in (None, "fp32", "int8"):
-        raise UsageError(f"--activations {asked}: choose fp32 or int8")
-    if asked == "int8" and format_ == "none":
-        raise UsageError("--activations int8 needs --quant int8 or int4: float weights take float activations")
     if asked:
         reasons["activations"] = "asked for with --activations"
         return "int8" if asked == "int8" else "f32"

@@ -111,9 +111,15 @@ def result(side: Side, job: dict[str, Any], rounds: list[Any], limits: dict[str,
         return {"name": side.name, **{key: median(r[key] for r in rounds) for key in rounds[0]}}
     row, rounds = {"name": side.name, "device": rounds[0]["device"]}, [found["rows"] for found in rounds]
     if job["what"] == "kernels":
-        return {**row, "kernels": [against(row, row["seconds"] / row["calls"], row["bytes"] / row["calls"],
-                                                       row["flops"] / row["calls"], known) for row in merged(rounds)]}
+        full = {r["plan"]: filled(side.plan(r["plan"]), job["context"]) for found in rounds for r in found}
+        return {**row, "kernels": [against(r, *(r[key] / r["calls"] for key in ("seconds", "bytes", "flops")),
+                                           known if full[r["plan"]] else {}) for r in merged(rounds)]}
     return {**row, **speed(side, job, [row for found in rounds for row in found], known)}
+
+
+def filled(plan: dict[str, int], context: int) -> bool:
+    """Whether one sequence fills a plan, so that bytes and FLOPs counted at its capacity are those that it took."""
+    return plan["sequences"] == 1 and (plan["tokens"] == 1 or context % plan["tokens"] == 0)
 
 
 def speed(side: Side, job: dict[str, Any], samples: list[dict[str, Any]], limits: dict[str, float]) -> dict[str, Any]:

@@ -56,5 +56,6 @@ def _kernels(sides: list[dict[str, Any]]) -> Iterator[str]:
         more = f" and {len(row['kernels']) - 1} more" if len(row["kernels"]) > 1 else ""
         yield (f"  {1e6 * row['seconds']:10.2f} {row['calls']:6} {row['gb_per_second']:8.2f} "
                f"{row['gflop_per_second']:9.2f} {share}{beside}  {row['plan']} {row['op']}: {row['kernels'][0]}{more}")
+    yield "  GB/s and GFLOP/s are those of a full plan; the share of the limit is told where the run fills it"
     if others:
         yield f"  the other: time of {sides[1]['name']} over that of {sides[0]['name']}"

@@ -61,9 +61,10 @@ class Side:
         return done.stdout
 
     def plan(self, name: str) -> dict[str, int]:
-        """Tokens that a plan holds, bytes and FLOPs that the compiler counted for it."""
+        """Tokens and sequences that a plan holds, bytes and FLOPs that the compiler counted for it."""
         found = read_plan(self.build, f"plan/main-{name}.json")
-        return {"tokens": found.tokens, "bytes": sum(launch.bytes for launch in found.launches),
+        return {"tokens": found.tokens, "sequences": found.sequences,
+                "bytes": sum(launch.bytes for launch in found.launches),
                 "flops": sum(launch.flops for launch in found.launches)}
 
 

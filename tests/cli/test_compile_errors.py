@@ -13,8 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import qcn_compile
 from qcn_compile.cli import main
+from qcn_compile.flags import pass_names
 from qcn_compile.frontend.checkpoint import locate
+
+ROOT = Path(qcn_compile.__file__).parents[1]
 
 
 @pytest.fixture
@@ -142,13 +146,53 @@ def test_failed_build_keeps_the_old_one(tmp_path: Path, capsys: pytest.CaptureFi
     assert sorted(p.name for p in tmp_path.iterdir()) == ["build"]
 
 
-def test_without_the_compiler_extra_the_command_says_what_to_install(tmp_path: Path) -> None:
+EARLY = [
+    (["--target", "tpu"], 2, "--target tpu: unknown"), (["--target", "mi300x", "--dtype", "fp32"], 2, "--"),
+    (["--quant", "fp8"], 2, "fp8 is a GPU format"), (["--activations", "int8", "--quant", "none"], 2, "needs --quant"),
+    (["--context-length", "40000"], 2, "at most 32768"), (["--stop-after", "nothing"], 2, "known: canonicalize, fold-"),
+    (["--plugin", "gone.py"], 2, "gone.py: no such file"), (["--model", "./gone"], 3, "'./gone' is no directory"),
+    (["--model", "."], 3, "config.json"), (["-o", "/usr"], 2, "/usr exists and is no build of ours"),
+    (["--emit", "onnx", "--quant", "int4"], 2, "use --emit onnx-fused"),
+]
+
+
+@pytest.mark.parametrize(("argv", "code", "words"), EARLY, ids=lambda x: " ".join(x) if isinstance(x, list) else "")
+def test_wrong_flags_answer_before_the_compiler_is_imported(argv: list[str], code: int, words: str,
+                                                            tmp_path: Path) -> None:
+    hide_the_compiler(tmp_path)
+    run = subprocess.run([sys.executable, "-m", "qcn_compile.cli", *argv], capture_output=True, text=True, check=False,
+                         cwd=tmp_path, env={**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"})
+    assert run.returncode == code and words in run.stderr, run.stderr
+    assert "pip install" not in run.stderr
+
+
+def test_wrong_flags_of_qcn_opt_too(tmp_path: Path) -> None:
+    hide_the_compiler(tmp_path)
+    (tmp_path / "a.qir").write_text("graph")
+    for argv, words in ((["a.qir", "-p", "nope"], "known: canonicalize, fold-"), (["b.qir"], "cannot read b.qir")):
+        run = subprocess.run([sys.executable, "-m", "qcn_compile.opt", *argv], capture_output=True, text=True,
+                             check=False, cwd=tmp_path, env={**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"})
+        assert run.returncode == 2 and words in run.stderr, run.stderr
+
+
+def test_names_of_passes_are_those_that_register() -> None:
+    from qcn_compile.passes.base import REGISTRY
+
+    ours = {name for name, made in REGISTRY.items() if made.__module__.startswith("qcn_compile.passes")}
+    assert pass_names() == sorted(ours)
+
+
+def hide_the_compiler(tmp_path: Path) -> None:
     """torch hidden by an import hook: what a `pip install .` without [compile] looks like."""
     (tmp_path / "sitecustomize.py").write_text(
         "import sys\nclass Hide:\n    def find_spec(self, name, path=None, target=None):\n"
         "        if name.split('.')[0] in ('torch', 'transformers', 'tvm'):\n"
         "            raise ModuleNotFoundError(f'No module named {name!r}', name=name)\n"
         "sys.meta_path.insert(0, Hide())\n")
+
+
+def test_without_the_compiler_extra_the_command_says_what_to_install(tmp_path: Path) -> None:
+    hide_the_compiler(tmp_path)
     run = subprocess.run([sys.executable, "-m", "qcn_compile.cli", "-o", str(tmp_path / "b")], capture_output=True,
                          text=True, check=False, env={**os.environ, "PYTHONPATH": str(tmp_path)})
     assert run.returncode == 2
