@@ -12,7 +12,7 @@ from qcn_compile.ir.rewrite import Fired, Rule, rewrite
 
 @dataclass
 class PassContext:
-    """What passes may know besides the graph, and where they note what they did."""
+    """What passes may know besides the graph: the target's name; and the log, (pass, event), of what they did."""
 
     target: str = "cpu"
     log: list[tuple[str, Fired]] = field(default_factory=list)
@@ -41,13 +41,13 @@ class Pass:
     after: ClassVar[tuple[str, ...]] = ()
 
     def run(self, graph: Graph, context: PassContext) -> Graph:
-        """The transformed graph."""
+        """The transformed graph. An error raised here reaches the user with the pass, its plugin and the op."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class RulePass(Pass):
-    """A pass that is a list of equations."""
+    """A pass that is a list of equations, `rules`, applied in order wherever they match."""
 
     rules: ClassVar[list[Rule]] = []
 
@@ -60,7 +60,10 @@ REGISTRY: dict[str, type[Pass]] = {}
 
 
 def register_pass(cls: type[Pass]) -> type[Pass]:
-    """Make a pass known by name, so that command lines and plugins can use it."""
+    """Make a pass known by name, so that command lines and plugins can use it.
+
+    Raises PassError for a class without `name`, or with one that is taken.
+    """
     if not cls.name:
         raise PassError(f"pass {cls.__name__} needs a class attribute `name`")
     if cls.name in REGISTRY and REGISTRY[cls.name] is not cls:

@@ -42,7 +42,14 @@ Report = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Options:
-    """What a build may be told. None or "auto" leaves the choice to the compiler. `plugins` are Python files."""
+    """What a build may be told. None or "auto" leaves the choice to the compiler.
+
+    dtype: fp32 or bf16, how unquantised weights are stored. quant: none, int8, int4 or fp8, the format of the big ones.
+    activations: fp32 or int8, what quantised weights are multiplied with. context_length: tokens a sequence may have.
+    weights: copied, late or dummy. mcpu: CPU level as LLVM names it. mtp: the draft head too. force: replace an output
+    folder that is no build. disabled: names of passes to leave out. tracing: what to show. pipeline: in place of the
+    standard one, formats included. plugins: Python files.
+    """
 
     dtype: str | None = None
     quant: str = "auto"
@@ -60,7 +67,8 @@ class Options:
 
 @dataclass(frozen=True)
 class Built:
-    """What `compile` returns: where the artifact lies, what was decided, how long each stage took in seconds."""
+    """What `compile` returns: the artifact's path and manifest, the decision, seconds of each stage, and a note on the
+    choice of the model ("" when there is nothing to say)."""
 
     path: Path
     manifest: Manifest

@@ -19,6 +19,8 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("-p", "--passes", default="", help="pass names, comma-separated, in order")
     top.add_argument("--plugin", action="append", default=[], type=Path, metavar="FILE",
                      help="Python file with passes and ops; may be repeated")
+    top.add_argument("--verify", action="store_true", help="run the verifier before and after each pass; always done")
+    top.add_argument("-o", "--output", type=Path, metavar="FILE", help="write the graph there instead of printing it")
     top.add_argument("--log", action="store_true", help="print what fired and what did not, as comments")
     top.add_argument("--interpret", action="store_true", help="run the graph on random inputs and weights, before and "
                      "after the passes; print shape and norm of each output and how far the passes moved it")

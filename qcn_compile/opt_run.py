@@ -33,7 +33,13 @@ def run(text: str, names: list[str], args: argparse.Namespace) -> int:
         for name, event in context.log:
             verdict = f"not fired: {event.reason}" if event.reason else "fired"
             print(f"// {name}: {event.rule} at %{event.value}: {verdict}")
-    print(print_graph(graph), end="")
+    if args.output is None:
+        print(print_graph(graph), end="")
+        return 0
+    try:
+        args.output.write_text(print_graph(graph), encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"cannot write {args.output}: {error.strerror}; name another file") from None
     return 0
 
 

@@ -53,7 +53,12 @@ def default_passes(base: str = "f32", quant: str = "none", activations: str = "f
 
 @dataclass
 class Tracing:
-    """What to show while passes run. `stages`, when a dict, collects the text of the graph where a pass changed it."""
+    """What to show while passes run.
+
+    verify: run the verifier after each. print_after: names of passes, or "all". dump_dir: a folder for the graph after
+    each. stop_after: the last pass to run. times: filled with (pass, seconds, ops before, ops after). stages: when a
+    dict, filled with the text of the graph where a pass changed it.
+    """
 
     verify: bool = False
     print_after: tuple[str, ...] = ()
@@ -65,7 +70,7 @@ class Tracing:
 
 @dataclass
 class Pipeline:
-    """An ordered list of passes that a user may change."""
+    """An ordered list of `passes` that a user may change."""
 
     passes: list[Pass]
 
@@ -87,7 +92,10 @@ class Pipeline:
         raise UsageError(f"no pass named {name!r} in the pipeline; it has {', '.join(p.name for p in self.passes)}")
 
     def insert(self, item: Pass, after: str | None = None, before: str | None = None) -> Pipeline:
-        """Add a pass after (the last) or before (the first) of a name; at the end when neither is given."""
+        """Add a pass after (the last) or before (the first) of a name; at the end when neither is given.
+
+        Raises UsageError for a name that is not in the pipeline.
+        """
         at = len(self.passes)
         if before is not None:
             at = self._index(before)
@@ -97,13 +105,16 @@ class Pipeline:
         return self
 
     def remove(self, name: str) -> Pipeline:
-        """Drop every pass of that name."""
+        """Drop every pass of that name. Raises UsageError listing the pipeline's when there is none."""
         self._index(name)
         self.passes = [p for p in self.passes if p.name != name]
         return self
 
     def replace(self, name: str, item: Pass | None = None, **options: object) -> Pipeline:
-        """Put another pass in the place of every pass of a name, or change their options."""
+        """Put another pass in the place of every pass of a name, or change their options.
+
+        Raises UsageError for a name that is not in the pipeline, and for a pass given together with options.
+        """
         self._index(name)
         if item is not None and options:
             raise UsageError(f"replace({name!r}): give a pass or options, not both")
@@ -132,7 +143,7 @@ class Pipeline:
                 raise PassError(f"pass {item.name} must run after {', '.join(late)}; reorder the pipeline")
 
     def run(self, graph: Graph, context: PassContext, tracing: Tracing | None = None) -> Graph:
-        """All passes in order, on a copy of the graph."""
+        """All passes in order, on a copy of the graph. Raises PassError naming the pass, its plugin and the op."""
         tracing = tracing or Tracing()
         self.check_order()
         graph = graph.clone()

@@ -154,7 +154,10 @@ class Model:
         self._sequences.release(name)
 
     def sampling(self, **overrides: Any) -> SamplingParams:
-        """The model's sampling defaults with some fields replaced; None keeps the default."""
+        """The model's sampling defaults with some fields replaced; None keeps the default.
+
+        Raises UsageError for an unknown field or a value out of its range.
+        """
         given = {name: value for name, value in overrides.items() if value is not None}
         unknown = sorted(set(given) - set(SamplingParams.__dataclass_fields__))
         if unknown:

@@ -43,8 +43,9 @@ class Timing:
 
 @dataclass(frozen=True)
 class Output:
-    """What one step added to a request. The last one has a finish reason, timing, and the stop string that ended it.
+    """What one step added to the request request_id: text, token_ids, and with logprobs their samples.
 
+    The last one has a finish_reason, timing, and matched_stop, the stop string or token that ended it.
     cached: on the first one, the prompt tokens that the prefix cache had.
     """
 

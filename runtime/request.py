@@ -26,9 +26,13 @@ class FinishReason(StrEnum):
 class SamplingParams:
     """How to choose tokens. Raises UsageError that names the field, its value and its range.
 
-    temperature 0 is greedy. top_k 0 means all tokens. Penalties as in Hugging Face (repetition: over prompt and
-    output) and OpenAI (frequency, presence: over the output). `logprobs` n: report each token's log probability under
-    the model's own distribution (before penalties and temperature), and the n most likely alternatives'.
+    max_tokens: new ones (None: as many as the context holds). temperature 0 is greedy. top_k 0 means all tokens; top_p:
+    the likeliest that hold this probability; min_p: those at least this likely relative to the likeliest.
+    repetition_penalty as in Hugging Face (over prompt and output), frequency_penalty, presence_penalty as in OpenAI
+    (over the output). logit_bias: added, by token id. seed: the same gives the same text. stop, stop_token_ids: what
+    ends the text, which keeps it with include_stop; with ignore_eos the model's own end does not. logprobs n: report
+    each token's log probability under the model's own distribution (before penalties and temperature), and the n most
+    likely alternatives'.
     """
 
     max_tokens: int | None = None
@@ -67,6 +71,7 @@ class SamplingParams:
 
     @property
     def greedy(self) -> bool:
+        """Whether the likeliest token is taken."""
         return self.temperature == 0.0
 
     @property

@@ -123,3 +123,13 @@ def test_every_stage_round_trips(which: str, tmp_path: Path, capsys: pytest.Capt
         (tmp_path / "stage.qir").write_text(text)
         assert opt.main([str(tmp_path / "stage.qir")]) == 0
         assert capsys.readouterr().out == text, name
+
+
+def test_the_command_of_the_docs(files: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out.qir"
+    assert opt.main([files[0], "-p", "canonicalize,fuse-norm", "--verify"]) == 0
+    printed = capsys.readouterr().out
+    assert opt.main([files[0], "-p", "canonicalize,fuse-norm", "--verify", "-o", str(out)]) == 0
+    assert (capsys.readouterr().out, out.read_text()) == ("", printed)
+    assert opt.main([files[0], "-o", str(tmp_path / "no" / "where.qir")]) == 2
+    assert "cannot write" in capsys.readouterr().err

@@ -12,7 +12,7 @@ Attr = None | bool | int | float | str | DType | StateRef | tuple["Attr", ...]
 
 @dataclass(frozen=True)
 class Location:
-    """Where an op came from: module path in the traced model and its source line."""
+    """Where an op came from: module path in the traced model and its source (file:line)."""
 
     module: str = ""
     source: str = ""
@@ -23,7 +23,7 @@ class Location:
 
 @dataclass(eq=False)
 class Value:
-    """An SSA value: defined once, by an op or as a graph input (then `op` is None)."""
+    """An SSA value of a type: defined once, by an op or as a graph input (then `op` is None). Its name is unique."""
 
     name: str
     type: Type
@@ -42,7 +42,10 @@ class Value:
 
 @dataclass(eq=False)
 class Op:
-    """One operation: a row of the op table applied to operands. An absent optional operand is None."""
+    """One operation: a row of the op table, by name, applied to operands. An absent optional operand is None.
+
+    results: the values it defines. attrs: by name, typed as the row says. loc: where it came from.
+    """
 
     name: str
     operands: list[Value | None]
@@ -67,7 +70,7 @@ class Op:
 
 @dataclass(eq=False)
 class Graph:
-    """A function over tensors: inputs, ops in execution order, outputs, and the caches it uses."""
+    """A function over tensors, of a name: inputs, ops in execution order, outputs, and states, the caches it uses."""
 
     name: str
     inputs: list[Value] = field(default_factory=list)

@@ -23,7 +23,7 @@ Infer = Callable[..., TensorType | tuple[TensorType, ...]]
 
 @dataclass(frozen=True)
 class Cost:
-    """Work of one op at given sizes: floating point operations, bytes read and bytes written."""
+    """Work of one op at given sizes: flops (floating point operations), bytes read and bytes written."""
 
     flops: int
     read: int
@@ -53,6 +53,8 @@ class OpSpec:
     flops(types, result_types, attrs, sizes): FLOPs; the default counts one per result element.
     touched(types, sizes): share of an operand that is read, by index, where it is not all of it (a table, experts).
     collective: all ranks take part; the reference maps the list of their operands to the list of their results.
+    attrs: type and default of each attribute. commutative: operands may be exchanged. doc: formula, shapes, dtypes.
+    reference(*operands, **attrs): plain torch, of tensors (a `Batch` for a batch, None for an absent operand).
     """
 
     name: str
@@ -106,7 +108,9 @@ def op(name: str, operands: str, /, *, infer: Infer, effects: dict[str, str] | N
     """Register the decorated function as the reference of a new row.
 
     An attribute given as a type is required; given as a value it is optional with that default
-    (`None` means an optional attribute of any type).
+    (`None` means an optional attribute of any type). The other arguments are fields of `OpSpec`; the docstring of the
+    function gives the formula, shapes and dtypes, and stands in the IR reference.
+    Raises IRError for a name that is taken.
     """
     specs = {key: AttrSpec(value, True) if isinstance(value, type) else AttrSpec(type(value), False, value)
              for key, value in attrs.items()}

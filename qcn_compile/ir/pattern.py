@@ -98,7 +98,7 @@ def _side(text: str) -> tuple[list[tuple[str, Node]], dict[str, Node]]:
 
 @dataclass
 class Match:
-    """Variables, captured attributes and inner ops of one successful match."""
+    """One successful match: values by variable, ops by `where` name, attrs captured by `$word`, inner ops."""
 
     values: dict[str, Value] = field(default_factory=dict)
     ops: dict[str, Op] = field(default_factory=dict)
@@ -114,7 +114,7 @@ Guard = Callable[[Match], str | None]
 
 @dataclass(frozen=True)
 class Rule:
-    """An equation `left => right`.
+    """An equation `left => right`, read as the head of this file says. name: what logs and reports call it.
 
     guard(match): may refuse with a reason. derive(match): further `$words` for the right side, from shapes.
     single: labels of inner values that must have no other reader. marker: the op whose survival means that the rule
@@ -130,6 +130,7 @@ class Rule:
 
     @property
     def sides(self) -> tuple[Any, Any]:
+        """Both sides, parsed once. Raises IRError for an equation that cannot be read."""
         if self.equation not in _PARSED:
             left, arrow, right = self.equation.partition("=>")
             if not arrow:

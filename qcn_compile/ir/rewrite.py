@@ -75,7 +75,10 @@ class Rewriter:
         self.graph.outputs = [new if v is old else v for v in self.graph.outputs]
 
     def apply(self, rule: Rule, match: Match, root: Op) -> Op:
-        """Build the right side and put it in the place of the left. Returns the new root op."""
+        """Build the right side and put it in the place of the left. Returns the new root op.
+
+        Raises IRError for a right side that uses what the left does not bind, or that loses an effect still needed.
+        """
         _, (outputs, bindings) = rule.sides
         ops: dict[str, Op] = {}
         effects = [op for op in match.inner if row(op.name).effects]
@@ -156,7 +159,10 @@ def remove_dead(graph: Graph) -> Graph:
 
 @dataclass(frozen=True)
 class Fired:
-    """One application of a rule, or, with a reason, one place where it did not apply."""
+    """One application of a rule, or, with a reason, one place where it did not apply.
+
+    rule: its name. where: location of the op in the traced model. value: name of its first result.
+    """
 
     rule: str
     where: str

@@ -126,8 +126,8 @@ class StateKind(Enum):
 
 @dataclass(frozen=True)
 class StateType:
-    """One cache of one layer. Shape per token for `kv` ([heads, dim], keys and values each),
-    per sequence for `conv` ([channels, width-1]) and `delta` ([value heads, key dim, value dim])."""
+    """One cache of one layer: its kind, element dtype and shape. Shape per token for `kv` ([heads, dim], keys and
+    values each), per sequence for `conv` ([channels, width-1]) and `delta` ([value heads, key dim, value dim])."""
 
     kind: StateKind
     dtype: DType

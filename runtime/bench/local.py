@@ -112,8 +112,7 @@ def result(side: Side, job: dict[str, Any], rounds: list[Any], limits: dict[str,
     row, rounds = {"name": side.name, "device": rounds[0]["device"]}, [found["rows"] for found in rounds]
     if job["what"] == "kernels":
         full = {r["plan"]: filled(side.plan(r["plan"]), job["context"]) for found in rounds for r in found}
-        return {**row, "kernels": [against(r, *(r[key] / r["calls"] for key in ("seconds", "bytes", "flops")),
-                                           known if full[r["plan"]] else {}) for r in merged(rounds)]}
+        return {**row, "kernels": [each(r, known if full[r["plan"]] else {}) for r in merged(rounds)]}
     return {**row, **speed(side, job, [row for found in rounds for row in found], known)}
 
 
@@ -145,6 +144,12 @@ def merged(rounds: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
         if key not in table or row["seconds"] / row["calls"] < table[key]["seconds"] / table[key]["calls"]:
             table[key] = row
     return sorted(table.values(), key=lambda row: (row["plan"], -row["seconds"]))
+
+
+def each(row: dict[str, Any], limits: dict[str, float]) -> dict[str, Any]:
+    """A row of a profile, for one call."""
+    seconds, moved, flops = (row[key] / row["calls"] for key in ("seconds", "bytes", "flops"))
+    return against(row, seconds, moved, flops, limits)
 
 
 def against(row: dict[str, Any], seconds: float, bytes_: float, flops: float,

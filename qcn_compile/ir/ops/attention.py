@@ -18,7 +18,10 @@ def _table(positions: TensorType, inv_freq: TensorType, **_: object) -> tuple[Te
 
 @op("rope_table", "positions, inv_freq", scaling=float, infer=_table)
 def rope_table(positions: Tensor, inv_freq: Tensor, *, scaling: float) -> tuple[Tensor, Tensor]:
-    """cos, sin of positions x inv_freq, times `scaling` (YaRN). positions i32 [T], inv_freq [R/2] -> f32 [T, R/2]."""
+    """cos, sin of positions x inv_freq, times `scaling`. positions i32 [T], inv_freq [R/2] -> f32 [T, R/2].
+
+    `scaling` is YaRN's (Peng et al., "YaRN: Efficient Context Window Extension of Large Language Models", 2023).
+    """
     angle = positions.float()[:, None] * inv_freq.float()
     return angle.cos() * scaling, angle.sin() * scaling
 
@@ -27,7 +30,7 @@ def rope_table(positions: Tensor, inv_freq: Tensor, *, scaling: float) -> tuple[
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding of the first 2*cos.shape[1] of each head's dims, halves paired (GPT-NeoX order), rest unchanged.
 
-    x [T, heads, D], cos, sin f32 [T, R/2].
+    x [T, heads, D], cos, sin f32 [T, R/2]. (Su et al., "RoFormer", 2021)
     """
     half = cos.shape[-1]
     c, s = cos[:, None].float(), sin[:, None].float()
@@ -57,7 +60,11 @@ def _flops(types, results, attrs, sizes):  # type: ignore[no-untyped-def]
     infer=lambda q, k, v, *_, **__: TensorType(q.dtype, (*q.shape[:2], v.shape[2])))
 def attention(q: Tensor, k: Tensor, v: Tensor, batch: Batch, *, scale: float, causal: bool,
               state: str | None = None) -> Tensor:
-    """Append k, v to the cache, attend causally within each sequence. q [T, Hq, D], k, v [T, Hkv, D] -> [T, Hq, D]."""
+    """Append k, v to the cache, attend causally within each sequence: softmax(scale q k^T) v.
+
+    q [T, Hq, D], k, v [T, Hkv, D] -> [T, Hq, D]; Hq/Hkv heads share a key. (Vaswani et al., "Attention Is All You
+    Need", 2017; Ainslie et al., "GQA", 2023)
+    """
     out = torch.empty(*q.shape[:2], v.shape[2], dtype=q.dtype)
     for span in batch.spans():
         rows = slice(span.start, span.stop)
@@ -92,7 +99,8 @@ def _paged(q: TensorType, *_: object, **__: object) -> TensorType:
 def paged_attention(q: Tensor, gate: Tensor | None, batch: Batch, *, scale: float, state: str | None = None) -> Tensor:
     """Causal attention over the cached keys and values, then the output gate: o * sigmoid(gate).
 
-    q [T, Hq, D], gate [T, Hq*D] -> [T, Hq*D]. This step's keys are in the cache already (`rope_append`).
+    q [T, Hq, D], gate [T, Hq*D] -> [T, Hq*D]. This step's keys are in the cache already (`rope_append`), in pages
+    (Kwon et al., "PagedAttention", 2023).
     """
     out = torch.empty_like(q)
     for span in batch.spans():

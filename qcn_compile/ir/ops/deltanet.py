@@ -59,6 +59,7 @@ def gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, b
 
     q, k [T, Hk, Dk], v [T, Hv, Dv], g (log decay) and beta [T, Hv] -> [T, Hv, Dv]. State [Hv, Dk, Dv] in fp32.
     With `qk_l2norm`, q and k are divided by sqrt(sum(x^2) + 1e-6) first.
+    (Yang et al., "Gated Delta Networks: Improving Mamba2 with Delta Rule", 2024)
     """
     dtype, repeat = q.dtype, v.shape[1] // k.shape[1]
     q, k, v, g, beta = (x.float() for x in (q, k, v, g, beta))

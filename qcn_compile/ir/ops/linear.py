@@ -55,7 +55,8 @@ def gather_rows(x: Tensor, rows: Tensor) -> Tensor:
 
 @op("encode", "w", format=str, group=int, activations=str, infer=same())
 def encode(w: Tensor, *, format: str, group: int, activations: str) -> Tensor:
-    """The weight as it is stored: the values that remain after quantisation (f32, bf16, int8, int4; see `encoding`).
+    """The weight [..., N, K] as it is stored: the values that remain after quantisation (f32, bf16, int8, int4, fp8;
+    see `encoding`), in the dtype of w.
 
     `activations` tells what kernels multiply it with (f32 or int8); it does not change the weight.
     """

@@ -34,6 +34,7 @@ def moe_experts(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: 
     """y[t] = sum_j weights[t,j] * down_e(silu(gate_e x) * up_e x), e = ids[t,j].
 
     x [T, H], ids i32 [T, k], weights f32 [T, k], gate_up [E, 2I, H], down [E, H, I] -> [T, H].
+    (SwiGLU: Shazeer, "GLU Variants Improve Transformer", 2020)
     """
     if activation != "silu":
         raise NotImplementedError(f"expert activation {activation!r}; only silu (SwiGLU) is known")
@@ -64,6 +65,7 @@ def moe_route(logits: Tensor, *, top_k: int, normalize: bool, shared: bool) -> t
 
     logits [T, E] -> ids i32 [T, k], weights f32 [T, k]. With `shared`, the last logit column is the shared expert's
     gate: it stays out of the softmax, and expert E-1 is appended to every token with weight sigmoid(gate).
+    (Shazeer et al., "Outrageously Large Neural Networks", 2017)
     """
     scores = logits.float()
     routed = scores[:, :-1] if shared else scores

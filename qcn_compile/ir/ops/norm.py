@@ -17,7 +17,10 @@ def rms(x: Tensor, w: Tensor, eps: float) -> Tensor:
 
 @op("rms_norm", "x, w", eps=float, infer=same())
 def rms_norm(x: Tensor, w: Tensor, *, eps: float) -> Tensor:
-    """y = x / sqrt(mean(x^2) + eps) * w over the last axis. x [..., H], w [H] (zero-centred weights arrive as 1+w)."""
+    """y = x / sqrt(mean(x^2) + eps) * w over the last axis. x [..., H], w [H] (zero-centred weights arrive as 1+w).
+
+    (Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019)
+    """
     return rms(x, w, eps).to(x.dtype)
 
 
