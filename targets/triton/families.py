@@ -76,9 +76,13 @@ FAMILIES = {
     "unary": Family("rows", "x~:{X} y:{X} counts:i32"),
     "binary": Family("rows", "a~:{A} b~:{B} y:{Y} counts:i32"),
     "copy_columns": Family("rows", "x~:bf16 y:bf16 counts:i32"),
-    "gemv": Family("linear", "x:bf16 norm_w?NORM:f32 w:{W} s?SCALED:f32 r?ADDEND:{R} normed?KEEP:bf16 y:bf16 "
-                             "counts:i32"),
-    "gemv_pair": Family("linear", "x:bf16 norm_w:f32 w:{W} s?SCALED:f32 w2:bf16 y:bf16 y2:bf16 counts:i32"),
+    "product": Family("single", "x:bf16 norm_w?NORM:f32 w:{W} s?SCALED:f32 r?ADDEND:{R} normed?KEEP:bf16 y:bf16"),
+    "product_pair": Family("single", "x:bf16 norm_w:f32 w:{W} s?SCALED:f32 w2:bf16 y:bf16 y2:bf16"),
+    "up_one": Family("single", "x:bf16 ids:i32 w:{W} s?SCALED:f32 h:bf16"),
+    "down_one": Family("single", "h:bf16 ids:i32 weights:f32 w:{W} s?SCALED:f32 r?ADD:bf16 y:bf16"),
+    "attention_one": Family("attention_one", "q:bf16 k:bf16 v:bf16 q_w?Q_NORM:f32 k_w?K_NORM:f32 cos:f32 sin:f32 "
+                                             "part:f32 score:f32 keys:bf16 values:bf16 context_lens:i32 "
+                                             "block_table:i32"),
     "matmul": Family("linear", "x:bf16 w:{W} s?SCALED:f32 r?ADDEND:{R} y:bf16 counts:i32"),
     "moe_route": Family("moe", "logits~:bf16 ids:i32 weights:f32 counts:i32"),
     "moe_up": Family("moe", "x:bf16 ids:i32 w:{W} s?SCALED:f32 h:bf16 counts:i32"),
@@ -91,7 +95,7 @@ FAMILIES = {
     "delta_step": Family("delta", "x:bf16 z:bf16 b~:bf16 a~:bf16 conv_w:f32 decay:f32 dt_bias:f32 norm_w:f32 "
                                   f"ring:bf16 state:f32 y:bf16 {_SPANS}"),
     "delta_one": Family("delta", "x:bf16 z:bf16 b~:bf16 a~:bf16 conv_w:f32 decay:f32 dt_bias:f32 norm_w:f32 "
-                                 "ring:bf16 state:f32 y:bf16 context_lens:i32 slots:i32 counts:i32"),
+                                 "ring:bf16 state:f32 y:bf16 context_lens:i32 slots:i32"),
     "delta_conv": Family("delta", f"x:bf16 conv_w:f32 ring:bf16 mixed:bf16 token_seq:i32 {_SPANS}"),
     "delta_keep": Family("delta", f"x:bf16 ring:bf16 {_SPANS}"),
     "delta_rule": Family("delta", f"mixed:bf16 b~:bf16 a~:bf16 decay:f32 dt_bias:f32 state:f32 o:bf16 {_SPANS}"),

@@ -1,4 +1,7 @@
-"""Ops that only GPU plans have: an RMS norm as the prologue of the products that read it, and the choice of tokens."""
+"""Ops that only GPU plans have: with one token, norms and rotations inside what reads them; the choice of tokens.
+
+Each is written as the ops of the table that it stands for.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qcn_compile.ir.batch import Batch
+from qcn_compile.ir.ops.attention import paged_attention, rope_append
 from qcn_compile.ir.ops.linear import linear
 from qcn_compile.ir.ops.norm import rms_norm
 from qcn_compile.ir.optable import op
@@ -35,6 +40,17 @@ def norm_linear_pair(x: Tensor, norm_w: Tensor, w: Tensor, w2: Tensor, *, eps: f
     """Two products of one normed x: weights stored in two formats. x [T, K], w [N, K], w2 [N2, K]."""
     normed = rms_norm(x, norm_w, eps=eps)
     return linear(normed, w), linear(normed, w2)
+
+
+@op("rope_attention", "q, k, v, q_w?, k_w?, cos, sin, gate?, batch", eps=float, scale=float, state=None,
+    effects={"state": "rw"},
+    infer=lambda q, *_, **__: TensorType(q.dtype, (q.shape[0], int(q.shape[1]) * int(q.shape[2]))),
+    flops=lambda types, results, attrs, sizes: 4 * size_of(types[0].shape, sizes) * sizes.get("context", 1))
+def rope_attention(q: Tensor, k: Tensor, v: Tensor, q_w: Tensor | None, k_w: Tensor | None, cos: Tensor, sin: Tensor,
+                   gate: Tensor | None, batch: Batch, *, eps: float, scale: float, state: str | None = None) -> Tensor:
+    """paged_attention(rope_append(...), gate): shapes as in those rows."""
+    query = rope_append(q, k, v, q_w, k_w, cos, sin, batch, eps=eps, state=state)
+    return paged_attention(query, gate, batch, scale=scale, state=state)
 
 
 @op("sample", "logits", infer=lambda logits: TensorType(DType.i32, (logits.shape[0],)))

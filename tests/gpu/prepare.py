@@ -19,17 +19,14 @@ TOKENS = 64
 
 
 def cases(target: str) -> None:
-    """Kernels of every case of tests/targets/triton, and variants of what the full build launches for one token."""
+    """Kernels of every case of tests/targets/triton."""
     from cases import every
-    from variants import variants
 
     from qcn_compile.targets.triton.target import GpuTarget
 
     card = GpuTarget(target)
     kernels = {call.kernel: None for case, _ in every() for _, call in case.lower(card)}
-    tuned = variants(OUT / "full")
-    (OUT / "variants.json").write_text(json.dumps([v.to_json() for v in tuned], indent=1))
-    card.emit([*kernels, *(v.kernel for v in tuned)], OUT / "kernels")
+    card.emit(list(kernels), OUT / "kernels")
 
 
 def reference(model: Path) -> None:

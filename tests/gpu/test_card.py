@@ -9,7 +9,6 @@ import json
 import os
 import sys
 import time
-from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -104,32 +103,6 @@ def test_steps_equal_chunks_and_batches() -> None:
         assert np.linalg.norm(parts - whole[0]) <= 0.03 * np.linalg.norm(whole[0])
 
 
-def measured(card: Any) -> dict[str, list[tuple[float, Any]]]:
-    """Kernel of the full build -> (seconds, variant), fastest first."""
-    from card import REPEAT
-    from variants import Variant
-
-    slab, ints = card.slab(), card.numbers()
-    say(f"{card.device}: device copy {card.copy_bandwidth(slab):.0f} GB/s")
-    found = defaultdict(list)
-    every = [Variant.from_json(row) for row in json.loads((BUILDS / "variants.json").read_text())]
-    choices = Counter(v.base for v in every)
-    for v in every:
-        if choices[v.base] == 1:  # nothing to choose between
-            continue
-        size = max(v.bytes, 1 << 20)
-        seconds = card.seconds(card.variant(v.kernel, v.grid, slab, ints, size)) / REPEAT
-        found[v.base].append((seconds, v))
-    for rows in found.values():
-        own = rows[0]
-        rows.sort(key=lambda r: r[0])
-        params = dict(own[1].kernel.params)
-        say(f"{own[1].kernel.family} {params.get('N', '')} {params.get('W', '')}: own {1e6 * own[0]:.2f} us | "
-            + " | ".join(f"{1e6 * s:.2f} us {v.bytes / s / 1e9:.0f} GB/s {v.label}" for s, v in rows[:5])
-            + f" | worst {1e6 * rows[-1][0]:.2f} {rows[-1][1].label}")
-    return found
-
-
 @pytest.mark.parametrize("name", ["full-plain", "full"])
 def test_full_model(name: str) -> None:
     """The full-size model with random weights: times of every plan, time of every kernel, many steps."""
@@ -150,23 +123,6 @@ def test_full_model(name: str) -> None:
                 say("\n".join(model.executable.profile.lines()))
                 model.executable.profile = None
             _endurance(model)
-
-
-def test_variants() -> None:
-    """Other tiles for every kernel of the plan for one token, and the whole step with the fastest of each."""
-    from card import Card
-
-    from qcn_compile import load
-
-    card = Card(BUILDS / "kernels")
-    try:
-        best = {base: rows[0][1] for base, rows in measured(card).items()}
-    finally:
-        card.device.close()
-    with load(BUILDS / "full", context_length=8192, max_running_requests=10) as model:
-        model.generate(list(range(1, 1025)), temperature=0.0, max_tokens=2).text()
-        _report(model, "full", "decode-1", 1)
-        _tuned(model, best)
 
 
 def _step(model: Any, tokens: int) -> None:
@@ -217,19 +173,6 @@ def _report(model: Any, build: str, name: str, tokens: int) -> None:
     moved = sum(launch.bytes for launch in plan.launches)
     say(f"{build} {name}: {1e3 * seconds:.3f} ms a step by events, {tokens / seconds:.0f} tokens/s, "
         f"{moved / 1e9:.2f} GB counted, {moved / seconds / 1e9:.0f} GB/s, {len(plan.launches)} launches")
-
-
-def _tuned(model: Any, best: dict[str, Any]) -> None:
-    """The plan for one token with the fastest measured variant of each kernel."""
-    executable, device = model.executable, model._device
-    plan = executable.plan("decode-1")
-    device.load(BUILDS / "kernels", {v.kernel.symbol for v in best.values()})
-    prepared = executable._launches[plan.name]
-    for i, launch in enumerate(plan.launches):
-        if (v := best.get(launch.kernel)) is not None:
-            prepared[i] = device.prepare(v.kernel.symbol, v.grid, [int(n) for n in prepared[i].values[:-2]])
-    executable._graphs[plan.name] = executable._capture(plan)
-    _report(model, "full, fastest variants", "decode-1", 1)
 
 
 def _endurance(model: Any, steps: int = 2000) -> None:

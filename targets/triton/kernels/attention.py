@@ -12,8 +12,9 @@ def rope_table(positions, inv_freq, cos, sin, counts, HALF: tl.constexpr, BH: tl
     """cos and sin of position * inv_freq, times SCALING, and times inv_freq[HALF] with FACTOR. Grid (T)."""
     t = tl.program_id(0)
     i = tl.arange(0, BH)
+    alive = t < tl.load(counts)
     begin(PDL)
-    if t < tl.load(counts):
+    if alive:
         angle = tl.load(positions + t).to(tl.float32) * tl.load(inv_freq + i, mask=i < HALF, other=0.0)
         scale = SCALING
         if FACTOR:
@@ -128,8 +129,9 @@ def attention_combine(part, score, gate, y, counts, HQ: tl.constexpr, D: tl.cons
     """The splits of one head of one token as one softmax, times sigmoid(gate). Grid (T, HQ)."""
     t, h = tl.program_id(0), tl.program_id(1)
     d, i = tl.arange(0, BD), tl.arange(0, SPLITS)
+    alive = t < tl.load(counts)
     begin(PDL)
-    if t < tl.load(counts):
+    if alive:
         place = (t * HQ + h) * SPLITS + i
         e = tl.load(score + place)
         parts = tl.load(part + place[:, None] * D + d[None, :], mask=(d < D)[None, :], other=0.0)

@@ -62,44 +62,61 @@ def past(ring, w, c, context, C: tl.constexpr, TAPS: tl.constexpr, RING: tl.cons
 
 
 @triton.jit
-def delta_one(x, z, b, a, conv_w, decay, dt_bias, norm_w, ring, state, y, context_lens, slots, counts,
+def add_two(a, b, c, d):
+    return a + c, b + d
+
+
+@triton.jit
+def add_three(a, b, c, d, e, f):
+    return a + d, b + e, c + f
+
+
+@triton.jit
+def delta_one(x, z, b, a, conv_w, decay, dt_bias, norm_w, ring, state, y, context_lens, slots,
               HK: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, TAPS: tl.constexpr,
-              RING: tl.constexpr, EPS: tl.constexpr, PDL: tl.constexpr):
+              RING: tl.constexpr, EPS: tl.constexpr,
+              PDL: tl.constexpr):
     """The whole mixer for one token of one sequence. Grid (HV); one program owns a head. All that earlier steps left
-    (state, ring) and all weights are on their way before the projection in front has ended."""
+    (state, ring) and all weights are on their way before the projection in front has ended.
+
+    With S the old state and k, q before their norms, all that needs a sum over the keys (S^T k, S^T q, |k|, |q|, k.q)
+    is taken at once: o = S'^T q = e S^T q + (k.q) d, S' = e S + k d^T.
+    """
     h = tl.program_id(0)
     repeat: tl.constexpr = HV // HK
     channels: tl.constexpr = 2 * HK * DK + HV * DV
     group = h // repeat
-    ik, iv = tl.arange(0, DK), tl.arange(0, DV)
+    ik, iv, which = tl.arange(0, DK), tl.arange(0, DV), tl.arange(0, 2)[:, None]
     slot, context = tl.load(slots).to(tl.int64), tl.load(context_lens)
     at = state + (slot * HV + h) * (DK * DV) + ik[:, None] * DV + iv[None, :]
     st = tl.load(at, mask=(context > 0) & (ik[:, None] >= 0) & (iv[None, :] >= 0), other=0.0)
     own = ring + slot * (RING * channels)
-    cq, ck, cv = group * DK + ik, HK * DK + group * DK + ik, 2 * HK * DK + h * DV + iv
+    # q and k as one tensor [2, DK]: enough elements that Triton loads each once and hands them on through shared memory
+    cqk, cv = which * (HK * DK) + group * DK + ik[None, :], 2 * HK * DK + h * DV + iv
     tap = conv_w + (TAPS - 1) * channels
-    q_past, q_tap = past(own, conv_w, cq, context, channels, TAPS, RING, ik >= 0), tl.load(tap + cq)
-    k_past, k_tap = past(own, conv_w, ck, context, channels, TAPS, RING, ik >= 0), tl.load(tap + ck)
+    qk_past, qk_tap = past(own, conv_w, cqk, context, channels, TAPS, RING, cqk >= 0), tl.load(tap + cqk)
     v_past, v_tap = past(own, conv_w, cv, context, channels, TAPS, RING, iv >= 0), tl.load(tap + cv)
     head_decay, head_bias, norm = tl.load(decay + h), tl.load(dt_bias + h), tl.load(norm_w + iv)
     begin(PDL)
-    if tl.load(counts) > 0:
-        q_new, k_new, v_new = tl.load(x + cq), tl.load(x + ck), tl.load(x + cv)
-        gate = silu(tl.load(z + h * DV + iv).to(tl.float32))
-        head_a, head_b = tl.load(a + h).to(tl.float32), tl.load(b + h).to(tl.float32)
-        q = rounded(silu(rounded(q_past + q_new.to(tl.float32) * q_tap)))
-        k = rounded(silu(rounded(k_past + k_new.to(tl.float32) * k_tap)))
-        v = rounded(silu(rounded(v_past + v_new.to(tl.float32) * v_tap)))
-        st, out = step(st, q, k, v, head_a, head_b, head_decay, head_bias, DK)
-        out = rounded(out)
-        out = out * tl.rsqrt(tl.sum(out * out, 0) / DV + EPS) * norm * gate
-        tl.store(y + h * DV + iv, out.to(tl.bfloat16))
-        tl.store(at, st)
-        row = own + (context % RING) * channels
-        tl.store(row + cv, v_new)
-        if h % repeat == 0:
-            tl.store(row + cq, q_new)
-            tl.store(row + ck, k_new)
+    qk_new, v_new = tl.load(x + cqk), tl.load(x + cv)
+    gate = silu(tl.load(z + h * DV + iv).to(tl.float32)) * norm
+    fade = tl.exp(head_decay * softplus(tl.load(a + h).to(tl.float32) + head_bias))
+    beta = rounded(tl.sigmoid(tl.load(b + h).to(tl.float32)))
+    qk = rounded(silu(rounded(qk_past + qk_new.to(tl.float32) * qk_tap)))
+    v = rounded(silu(rounded(v_past + v_new.to(tl.float32) * v_tap)))
+    q, k = tl.sum(tl.where(which == 0, qk, 0.0), 0), tl.sum(tl.where(which == 1, qk, 0.0), 0)
+    by_k, by_q = tl.reduce((st * k[:, None], st * q[:, None]), 0, add_two)
+    kk, qq, kq = tl.reduce((k * k, q * q, k * q), 0, add_three)
+    k_unit, q_unit = tl.rsqrt(kk + 1e-6), tl.rsqrt(qq + 1e-6) * (DK ** -0.5)
+    change = (v - fade * k_unit * by_k) * beta
+    tl.store(at, fade * st + (k * k_unit)[:, None] * change[None, :])
+    out = rounded(q_unit * (fade * by_q + kq * k_unit * change))
+    out = out * tl.rsqrt(tl.sum(out * out, 0) / DV + EPS) * gate
+    tl.store(y + h * DV + iv, out.to(tl.bfloat16))
+    row = own + (context % RING) * channels
+    tl.store(row + cv, v_new)
+    if h % repeat == 0:
+        tl.store(row + cqk, qk_new)
 
 
 @triton.jit

@@ -14,8 +14,9 @@ def moe_route(logits, ids, weights, counts, EXPERTS: tl.constexpr, BE: tl.conste
     """Softmax and top-k of one token, grid (T), one warp. A bf16 logit and its index make one sortable i32, so a
     round of the selection is one max; ties go to the lower expert. NaN sorts first and still names an expert."""
     t = tl.program_id(0)
+    alive = t < tl.load(counts)
     begin(PDL)
-    if t < tl.load(counts):
+    if alive:
         e = tl.arange(0, BE)
         raw = tl.load(logits + t * SX + e, mask=e < EXPERTS, other=float("-inf"))
         bits = raw.to(tl.int16, bitcast=True).to(tl.int32)

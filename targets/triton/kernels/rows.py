@@ -17,8 +17,9 @@ def token_id(ids, last, t):
 def embedding(ids, last, w, y, counts, VOCAB: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, PDL: tl.constexpr):
     """y[t] = w[token t]. Grid (T). An id outside the table reads row 0."""
     t = tl.program_id(0)
+    alive = t < tl.load(counts)
     begin(PDL)
-    if t < tl.load(counts):
+    if alive:
         row = token_id(ids, last, t)
         row = tl.where((row >= 0) & (row < VOCAB), row, 0).to(tl.int64)
         d = tl.arange(0, BD)
@@ -30,8 +31,9 @@ def embedding(ids, last, w, y, counts, VOCAB: tl.constexpr, D: tl.constexpr, BD:
 def gather_rows(x, rows, y, counts, D: tl.constexpr, BD: tl.constexpr, SX: tl.constexpr, PDL: tl.constexpr):
     """y[i] = x[rows[i]]. Grid (R)."""
     i = tl.program_id(0)
+    alive = i < tl.load(counts + 2)
     begin(PDL)
-    if i < tl.load(counts + 2):
+    if alive:
         row = tl.load(rows + i)
         d = tl.arange(0, BD)
         tl.store(y + i * D + d, tl.load(x + row * SX + d, mask=d < D), mask=d < D)

@@ -5,8 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from qcn_compile.targets.base import Call
-from qcn_compile.targets.triton.lowering import linear, mixer, moe, rows, sample
+from qcn_compile.targets.triton.lowering import linear, mixer, moe, rows, sample, single
 from qcn_compile.targets.triton.lowering.site import Site
+
+
+def _linear(site: Site) -> list[Call]:
+    return (single.linear if site.capacity(site.activation(0).shape) == 1 else linear.linear)(site)
+
 
 UNARY = ("neg", "exp", "sigmoid", "silu", "softplus", "rsqrt", "add_scalar", "mul_scalar", "cast")
 BINARY = ("add", "mul", "sub", "div", "silu_mul", "mul_sigmoid")
@@ -14,8 +19,9 @@ LOWERINGS: dict[str, Callable[[Site], list[Call]]] = {
     **dict.fromkeys(UNARY, rows.unary), **dict.fromkeys(BINARY, rows.binary),
     "rms_norm": rows.norm, "add_rms_norm": rows.norm, "gated_rms_norm": rows.norm,
     "concat": rows.concat, "gather_rows": rows.gather_rows, "embedding": rows.embedding,
-    "linear": linear.linear, "linear_add": linear.linear,
-    "norm_linear": linear.norm_linear, "norm_linear_pair": linear.norm_linear_pair,
+    "linear": _linear, "linear_add": _linear,
+    "norm_linear": single.norm_linear, "norm_linear_pair": single.norm_linear_pair,
+    "rope_attention": single.rope_attention,
     "moe_route": moe.route, "moe_experts": moe.experts, "moe_add": moe.experts,
     "rope_table": mixer.rope_table, "rope_append": mixer.rope_append, "paged_attention": mixer.paged_attention,
     "delta_net": mixer.delta_net, "sample": sample.sample,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from qcn_compile.targets.base import Call, Param, Ref
+from qcn_compile.targets.triton.lowering.single import CHOICE
 from qcn_compile.targets.triton.lowering.site import (
     BATCH,
     COUNTS,
@@ -106,8 +107,8 @@ def delta_net(site: Site) -> list[Call]:
         args = [*(site.ref(i) for i in range(4)), weights, *(site.ref(i) for i in (5, 6, 7)), state("conv"),
                 state("delta"), result(), *SPANS]
         if site.bucket.tokens == 1:
-            return [call("delta_one", args[:-4] + args[-3:], (hv,), **sizes, TAPS=taps, RING=site.ring,
-                         EPS=site.real("eps"), WARPS=4)]
+            return [call("delta_one", args[:-4] + args[-3:-1], (hv,), **sizes, TAPS=taps, RING=site.ring,
+                         EPS=site.real("eps"), WARPS=CHOICE["delta"]["WARPS"])]
         return [call("delta_step", args, (hv, site.bucket.sequences), **sizes, **conv, **gates, SZ=site.stride(1),
                      EPS=site.real("eps"), WARPS=4)]
     return _delta_prefill(site, sizes, conv, gates, weights)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from qcn_compile.targets.base import Call, Param, Ref
+from qcn_compile.targets.triton.lowering import single
 from qcn_compile.targets.triton.lowering.site import COUNTS, Site, call, cdiv, power, result, scratch
 
 
@@ -20,6 +21,8 @@ def experts(site: Site) -> list[Call]:
     if site.op.attrs["activation"] != "silu":
         raise site.fail(f"expert activation {site.op.attrs['activation']!r}", "only silu has a kernel")
     site.activation(0)
+    if site.bucket.tokens == 1:
+        return single.experts(site)
     return _pairs(site) if site.decode else _sorted(site)
 
 

@@ -17,6 +17,8 @@ BATCHES = {
     "prefill-64": [Ragged((5,)), Ragged((33, 1, 20), (0, 100, 31)), Ragged((1, 1, 4, 2), (15, 16, 0, 63))],
 }
 
+ALONE = [*BATCHES["decode-1"], Ragged((1,), (300,)), Ragged((1,), (31,))]
+
 
 def batches(bucket: Bucket) -> list[Ragged]:
     """Plain token counts for ops that know no sequences."""
@@ -101,7 +103,8 @@ def experts(name: str, bucket: Bucket, encoding: Encoding, count: int, hidden: i
 def moes() -> list[Trialled]:
     small = [experts("moe_add", bucket, encoding, 6, 136, 24, 2)
              for bucket in (DECODE_1, DECODE_8, PREFILL) for encoding in (BF16, FP8)]
-    return [*((case, batches[:1]) for case, batches in small), experts("moe_experts", PREFILL, BF16, 9, 48, 128, 2)]
+    return [*((case, batches[:1]) for case, batches in small), experts("moe_experts", PREFILL, BF16, 9, 48, 128, 2),
+            experts("moe_experts", DECODE_1, FP8, 12, 264, 520, 9)]
 
 
 def deltas() -> list[Trialled]:
@@ -126,19 +129,25 @@ def attentions() -> list[Trialled]:
              scaling=1.25)
     found = [(table, MANY[:1])]
     for bucket, (hq, hkv, dim, half, norms, gate) in ((DECODE_1, (4, 2, 32, 4, True, True)),
+                                                      (DECODE_1, (3, 3, 24, 5, False, False)),
                                                       (DECODE_8, (6, 1, 16, 8, False, False)),
                                                       (DECODE_8, (4, 2, 32, 4, True, True)),
                                                       (PREFILL, (4, 2, 32, 4, True, True)),
                                                       (PREFILL, (3, 3, 24, 5, True, False))):
         case = Case(f"attention {hq}/{hkv} of {dim} {bucket.name}", bucket)
         kv = case.state("kv", StateKind.kv, DType.bf16, (hkv, dim))
-        q, k, v = (case.input(n, f"bf16[T,{h},{dim}]", more=8) for n, h in (("q", hq), ("k", hkv), ("v", hkv)))
+        scale = 1.0 if norms else 0.5  # without norms a few scores compete, and bf16 queries decide between them
+        q, k, v = (case.input(n, f"bf16[T,{h},{dim}]", more=8, scale=scale)
+                   for n, h in (("q", hq), ("k", hkv), ("v", hkv)))
         norm = [case.weight("q_w", (dim,), scale=1.0), case.weight("k_w", (dim,), scale=1.0)] if norms else [None, None]
         cos, sin = case.input("cos", f"f32[T,{half}]"), case.input("sin", f"f32[T,{half}]")
-        query = case.op("rope_append", [q, k, v, *norm, cos, sin, case.batch], eps=1e-6, state=kv)
         g = case.input("g", f"bf16[T,{hq * dim}]", more=8) if gate else None
-        case.op("paged_attention", [query, g, case.batch], scale=dim ** -0.5, state=kv)
-        found.append((case, BATCHES[bucket.name]))
+        if bucket is DECODE_1:
+            case.op("rope_attention", [q, k, v, *norm, cos, sin, g, case.batch], eps=1e-6, scale=dim ** -0.5, state=kv)
+        else:
+            query = case.op("rope_append", [q, k, v, *norm, cos, sin, case.batch], eps=1e-6, state=kv)
+            case.op("paged_attention", [query, g, case.batch], scale=dim ** -0.5, state=kv)
+        found.append((case, ALONE if bucket is DECODE_1 else BATCHES[bucket.name]))
     return found
 
 

@@ -1,0 +1,113 @@
+"""Lowering for plans of one token: norms, rotation and cache append inside their readers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from qcn_compile.ir.encoding import Encoding
+from qcn_compile.targets.base import Call, Param, Ref
+from qcn_compile.targets.triton.lowering.site import COUNTS, Site, call, cdiv, inner, power, result, scratch, state
+
+HOLD = 4  # column tiles of a row that wait in registers
+WIDTH = 8  # elements of a lane, see kernels/single.py
+CONTEXT, TABLE = (Ref("input", name=n) for n in ("context_lens", "block_table"))
+# How a launch is cut, by its role, measured on an H100 (tests/gpu/tune.py): L lanes a row, WARPS, RW rows in registers.
+CHOICE: dict[str, dict[str, int]] = {
+    "head": {"L": 128, "WARPS": 4, "RW": 8}, "wide": {"L": 128, "WARPS": 4, "RW": 8},
+    "out": {"L": 128, "WARPS": 4, "RW": 4}, "narrow": {"L": 128, "WARPS": 4, "RW": 2},
+    "up": {"L": 64, "WARPS": 4, "RW": 4}, "down": {"L": 32, "WARPS": 8, "RW": 8},
+    "delta": {"WARPS": 4}, "attention": {"SPLITS": 32, "BS": 32, "WARPS": 8},
+}
+
+
+def role(n: int, encoding: Encoding) -> str:
+    """What a product of n rows is to the step."""
+    return "head" if n > 65536 else "narrow" if encoding.format == "bf16" else "wide" if n > 4096 else "out"
+
+
+def _form(encoding: Encoding) -> dict[str, Param]:
+    return {"SCALED": encoding.format == "fp8", "W": encoding.format}
+
+
+def _cut(chosen: dict[str, int]) -> dict[str, Param]:
+    """Lanes, groups of rows, rows of a group, warps."""
+    return {"L": chosen["L"], "RG": 32 * chosen["WARPS"] // chosen["L"], "RW": chosen["RW"], "WARPS": chosen["WARPS"]}
+
+
+def product(site: Site, args: Sequence[Ref], weight: int, **params: Param) -> Call:
+    """One product with operand `weight`."""
+    encoding, _ = site.matrix(weight)
+    n, k = (int(d) for d in site.operand(weight).type.shape)  # type: ignore[arg-type]
+    usual: dict[str, Param] = {"ADD": False, "BIAS": False, "ADDEND": False, "NORM": False, "KEEP": False, "EPS": 0.0,
+                               "R": "bf16"}
+    fixed: dict[str, Param] = {"N": n, "K": k, **usual, **params, **_form(encoding)}
+    shape = _cut(CHOICE[role(n, encoding)])
+    return call("product", args, (cdiv(n, int(shape["RG"]) * int(shape["RW"])),), **fixed, **shape,
+                HOLD=min(HOLD, cdiv(k, int(shape["L"]) * WIDTH)))
+
+
+def linear(site: Site) -> list[Call]:
+    """linear(x, w, bias?) and linear_add(x, w, r)."""
+    _, weight = site.matrix(1)
+    add = site.op.name == "linear_add"
+    bias = site.has(2) and not add
+    args = [site.ref(0), *weight, *([site.ref(2)] if add or bias else []), result()]
+    return [product(site, args, 1, ADD=add, BIAS=bias, ADDEND=add or bias, R="f32" if bias else "bf16")]
+
+
+def norm_linear(site: Site) -> list[Call]:
+    """norm_linear(x, norm_w, w), which may keep the normed x."""
+    _, weight = site.matrix(2)
+    keep = bool(site.op.attrs["keep"])
+    args = [site.ref(0), site.ref(1), *weight, *([result(1)] if keep else []), result(0)]
+    return [product(site, args, 2, NORM=True, KEEP=keep, EPS=site.real("eps"))]
+
+
+def norm_linear_pair(site: Site) -> list[Call]:
+    """norm_linear_pair(x, norm_w, w, w2), w2 in bf16."""
+    (encoding, weight), (_, second) = site.matrix(2), site.matrix(3)
+    n, k = (int(d) for d in site.operand(2).type.shape)  # type: ignore[arg-type]
+    n2 = int(site.operand(3).type.shape[0])  # type: ignore[arg-type]
+    args = [site.ref(0), site.ref(1), *weight, *second, result(0), result(1)]
+    fixed: dict[str, Param] = {"N": n, "N2": n2, "K": k, "EPS": site.real("eps"), **_form(encoding)}
+    shape = _cut(CHOICE["wide"])
+    groups = int(shape["RG"])
+    return [call("product_pair", args, (cdiv(n2, groups) + cdiv(n, groups * int(shape["RW"])),), **fixed, **shape,
+                 HOLD=min(HOLD, cdiv(k, int(shape["L"]) * WIDTH)))]
+
+
+def experts(site: Site) -> list[Call]:
+    """moe_experts(x, ids, weights, gate_up, down) and moe_add with r after them."""
+    _, hidden, width = (int(d) for d in site.operand(4).type.shape)  # type: ignore[arg-type]
+    (up_form, up), (down_form, down) = site.matrix(3), site.matrix(4)
+    slots = int(site.operand(1).type.shape[1])  # type: ignore[arg-type]
+    ids, weights = Ref("operand", index=1), Ref("operand", index=2)
+    h, add = scratch("h", slots * width, "bf16"), site.op.name == "moe_add"
+    above, below = _cut(CHOICE["up"]), _cut(CHOICE["down"])
+    return [
+        call("up_one", [site.ref(0), ids, *up, h], (cdiv(width, int(above["RG"]) * int(above["RW"])), slots), H=hidden,
+             F=width, **above, **_form(up_form)),
+        call("down_one", [h, ids, weights, *down, *([site.ref(5)] if add else []), result()],
+             (cdiv(hidden, int(below["RW"])),), SLOTS=slots, H=hidden, F=width, ADD=add, **below, **_form(down_form))]
+
+
+def rope_attention(site: Site) -> list[Call]:
+    """Norms, rotation, append and attention over stretches of the keys, then their combination and the gate."""
+    heads, dim = (int(d) for d in site.activation(0).shape[1:])  # type: ignore[arg-type]
+    kv_heads = int(site.activation(1).shape[1])  # type: ignore[arg-type]
+    site.stated("state")
+    if heads % kv_heads:
+        raise site.fail(f"{heads} query heads over {kv_heads} kv heads", "the first must be a multiple of the second")
+    splits, keys, warps = (CHOICE["attention"][n] for n in ("SPLITS", "BS", "WARPS"))
+    part, score = scratch("part", heads * splits * dim, "f32"), scratch("score", heads * splits, "f32")
+    norms = [site.ref(i) for i in (3, 4) if site.has(i)]
+    gate = [site.ref(7)] if site.has(7) else []
+    wide = power(dim, 16)
+    return [
+        call("attention_one", [site.ref(0), site.ref(1), site.ref(2), *norms, site.ref(5), site.ref(6), part, score,
+                               state("state", "k"), state("state", "v"), CONTEXT, TABLE], (kv_heads, splits),
+             HQ=heads, HKV=kv_heads, D=dim, BD=wide, BG=max(16, power(heads // kv_heads)),
+             HALF=inner(site.operand(5).type.shape), PAGE=site.page, BS=keys, SPLITS=splits, EPS=site.real("eps"),
+             SCALE=site.real("scale"), Q_NORM=site.has(3), K_NORM=site.has(4), WARPS=warps, ),
+        call("attention_combine", [part, score, *gate, result(), COUNTS], (1, heads), HQ=heads, D=dim, BD=wide,
+             SPLITS=splits, SG=site.stride(7) if gate else 0, GATE=bool(gate), WARPS=8)]
