@@ -10,7 +10,6 @@ Run it on a quiet machine with room for the bf16 layers and their result; everyt
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import random
@@ -27,15 +26,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
-from transformers.core_model_loading import revert_weight_conversion
 
 import qcn_compile
 from qcn_compile.frontend import trace_model
-from qcn_compile.frontend.checkpoint import INDEX, load_config, locate
+from qcn_compile.frontend.checkpoint import locate
 from qcn_compile.frontend.tensor_files import Stored
-from qcn_compile.frontend.trace import build
 from qcn_compile.ir.types import DType
 from qcn_compile.lowering.buckets import buckets_for
 from qcn_compile.lowering.convert import convert, key_of, resumable, take
@@ -46,57 +42,14 @@ from qcn_compile.passes.base import PassContext
 from qcn_compile.pipeline import Pipeline
 from qcn_compile.targets.base import Target
 from qcn_compile.targets.registry import load_target
+from tests.bench.random_checkpoint import content, make
 
 CONFIG = Path(qcn_compile.__file__).parent / "assets/qwen3-coder-next/config.json"
-SHARD = 4 << 30
-POOL = (torch.randn(32 << 20, generator=torch.Generator().manual_seed(0)) * 0.02).bfloat16()
 
 
-def make(folder: Path, layers: int, sparse: bool) -> int:
-    """A bf16 checkpoint with the published names and shapes, in files of 4 GB; returns the bytes of its tensors."""
-    folder.mkdir(parents=True)
-    config = {**json.loads(CONFIG.read_text()), "num_hidden_layers": layers}
-    (folder / "config.json").write_text(json.dumps(config))
-    model = build(load_config(folder)[0], DType.bf16)
-    shapes = {k: tuple(v.shape) for k, v in revert_weight_conversion(model, dict(model.named_parameters())).items()}
-    shards: list[dict[str, tuple[int, ...]]] = [{}]
-    size = 0
-    for name, shape in shapes.items():
-        if size > SHARD:
-            shards.append({})
-            size = 0
-        shards[-1][name] = shape
-        size += 2 * int(np.prod(shape))
-    index = {}
-    for number, shard in enumerate(shards, 1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        index |= dict.fromkeys(shard, file)
-        _write(folder / file, shard, sparse)
-    (folder / INDEX).write_text(json.dumps({"weight_map": index}))
-    return sum(2 * int(np.prod(shape)) for shape in shapes.values())
-
-
-def _write(file: Path, shapes: dict[str, tuple[int, ...]], sparse: bool) -> None:
-    header, at = {}, 0
-    for name, shape in shapes.items():
-        size = 2 * int(np.prod(shape))
-        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [at, at + size]}
-        at += size
-    text = json.dumps(header).encode()
-    with file.open("wb") as handle:
-        handle.write(len(text).to_bytes(8, "little") + text)
-        if sparse:
-            handle.truncate(8 + len(text) + at)
-            return
-        for name, shape in shapes.items():
-            handle.write(content(name, int(np.prod(shape))).view(torch.uint8).numpy().data)
-
-
-def content(name: str, count: int) -> Tensor:
-    """Random bf16 numbers of about 0.02, another stretch of the pool for every name."""
-    start = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "little") % len(POOL)
-    repeated = POOL.roll(-start) if count > len(POOL) // 2 else torch.cat([POOL[start:start + count], POOL[:count]])
-    return repeated.repeat(-(-count // len(repeated)))[:count]
+def config(layers: int) -> dict[str, Any]:
+    """The published configuration with that many layers."""
+    return {**json.loads(CONFIG.read_text()), "num_hidden_layers": layers}
 
 
 class Job:
@@ -180,7 +133,7 @@ def workplace(root: str | None) -> Iterator[Path]:
 def convert_layers(args: argparse.Namespace) -> None:
     """Whole run, then a run killed at a random point and resumed."""
     with workplace(args.folder) as folder:
-        size = make(folder / "model", args.layers, sparse=False)
+        size = make(folder / "model", config(args.layers), sparse=False)
         read, write = disk(folder, next((folder / "model").glob("*.safetensors")))
         forget(folder / "model")
         whole = json.loads(spawn(folder / "model", folder / "whole", args.target, args.quant).communicate()[0])
@@ -207,7 +160,7 @@ def convert_layers(args: argparse.Namespace) -> None:
 def audit_all(args: argparse.Namespace) -> None:
     """All names and shapes through the audit."""
     with workplace(args.folder) as folder:
-        size = make(folder / "model", 48, sparse=True)
+        size = make(folder / "model", config(48), sparse=True)
         used = sum(f.stat().st_blocks * 512 for f in (folder / "model").iterdir())
         begin = time.perf_counter()
         traced = trace_model(locate(str(folder / "model"), "gpu"), DType.bf16)
@@ -218,7 +171,7 @@ def audit_all(args: argparse.Namespace) -> None:
 def generated(args: argparse.Namespace) -> None:
     """Every layer, content made when it is read, each file removed when it is finished."""
     with workplace(args.folder) as folder:
-        size = make(folder / "model", args.layers, sparse=True)
+        size = make(folder / "model", config(args.layers), sparse=True)
         names = {(s.file, s.span): name for name, s in _stored(folder / "model").items()}
 
         def read(self: Stored, start: int = 0, stop: int | None = None) -> Tensor:

@@ -28,7 +28,7 @@ from qcn_compile.targets.tvm.kernels.core import (
 )
 
 TILE, GROUP = 16, 32
-AHEAD = 1024  # bytes of weights asked for before they are needed
+AHEAD = 4096  # bytes of weights asked for before they are needed
 CODES = {"f32": "float32", "bf16": "uint16", "int8": "int8", "int4": "uint8"}
 
 
