@@ -1,4 +1,5 @@
-"""`qcn-bench`: load on a server (serve), or the speed of a build on this machine (kernels, prefill, decode, e2e)."""
+"""`qcn-bench`: load on a server (serve), the speed of a build on this machine (kernels, prefill, decode, e2e), or that
+of the CPU target beside other programs (cpu)."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from qcn_compile.errors import DeviceError, QcnError, UsageError
-from qcn_compile.runtime.bench import local
+from qcn_compile.runtime.bench import local, peers
 from qcn_compile.runtime.bench.client import HttpError, Server
 from qcn_compile.runtime.bench.local_table import table as local_table
 from qcn_compile.runtime.bench.report import report, table
@@ -42,6 +43,7 @@ def parser() -> argparse.ArgumentParser:
     top = _Parser("qcn-bench", description=__doc__, allow_abbrev=False)
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     local.add_parsers(commands)
+    peers.add_parser(commands)
     p = commands.add_parser("serve", help="load on a server", description=SERVE, epilog=EXAMPLES, allow_abbrev=False,
                             formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--url", required=True, help="the server, with or without /v1")
@@ -78,8 +80,11 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point. Returns 0, 1 when no request succeeded, or the error's own code."""
+    words = sys.argv[1:] if argv is None else list(argv)
     try:
-        arguments = parser().parse_args(argv)
+        if words[:1] == ["cpu"]:
+            return peers.run(words[1:])
+        arguments = parser().parse_args(words)
         if arguments.command in local.COMMANDS:
             data = local.run(arguments)
             print(json.dumps(data) if arguments.json else "\n".join(local_table(data)))

@@ -1,8 +1,9 @@
-"""CPU speed, ours and llama.cpp's in turn: python -m tests.bench.cpu_vs_llama BUILD GGUF LLAMA_BENCH
+"""Decode and prefill on this CPU, ours beside llama.cpp's and transformers': qcn-bench cpu --vs llama.cpp
 
-BUILD: an artifact of a checkpoint; GGUF: the same checkpoint converted by llama.cpp and quantised to the same bits;
-LLAMA_BENCH: the llama-bench program. Rounds alternate; medians and their ratio are printed, with the bytes of a token
-over its time as GB/s beside a read of memory timed in the same rounds.
+A random model with the layer shapes of Qwen3-Coder-Next (bench_config.json) is written once and built for every side:
+int4 and int8 by qcn-compile, Q4_0 and Q8_0 through the gguf package; llama.cpp comes from llama-cpp-python, compiled
+here in an environment of its own. The sides take turns. Printed are medians, their ratio, the bytes of a token against
+a read of memory in the same rounds, and resident memory.
 """
 
 from __future__ import annotations
@@ -10,109 +11,158 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
-import time
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
+from typing import Any
 
-import numpy as np
+from qcn_compile.runtime.bench.local import machine
+from qcn_compile.runtime.bench.probe import roof
+from qcn_compile.runtime.bench.sides import ROOT
 
-ROOT = Path(__file__).parent.parent.parent
-RUN = """
-import json, sys, time
-import numpy as np
-from qcn_compile import load
-build, threads, prompt, new = sys.argv[1], *map(int, sys.argv[2:])
-ids = np.random.default_rng(0).integers(0, 30000, prompt).tolist()
-with load(build, threads=threads, context_length=prompt + new + 64, huge_pages=True, max_running_requests=1) as model:
-    list(model.generate(ids[:8], temperature=1.0, seed=0, max_tokens=4, ignore_eos=True))
-    last = None
-    for piece in model.generate(ids, temperature=1.0, seed=0, max_tokens=new, ignore_eos=True):
-        last = piece
-    print(json.dumps({"prefill": last.timing.prefill_rate, "decode": last.timing.decode_rate}))
-"""
+HERE = Path(__file__).parent
+PEERS = {"int4": "q4_0", "int8": "q8_0", "none": "bf16"}  # our formats, and llama.cpp's of the same bits
+Measure = Callable[[int], dict[str, float]]  # threads -> rates in tokens/s, memory in bytes
 
 
 @dataclass
-class Series:
-    """Tokens per second of one program over the rounds."""
+class Side:
+    """One program on one format, and what it gave in each round."""
 
-    prefill: list[float] = field(default_factory=list)
-    decode: list[float] = field(default_factory=list)
+    name: str
+    measure: Measure
+    rounds: list[dict[str, float]] = field(default_factory=list)
 
-
-def ours(build: Path, threads: int, prompt: int, new: int) -> tuple[float, float]:
-    """(prefill, decode) tokens per second; sampled tokens, so that every step routes to other experts."""
-    run = subprocess.run([sys.executable, "-c", RUN, str(build), str(threads), str(prompt), str(new)],
-                         capture_output=True, text=True, check=True, cwd=ROOT)
-    data = json.loads(run.stdout.splitlines()[-1])
-    return data["prefill"], data["decode"]
+    def median(self, key: str) -> float:
+        return median(r[key] for r in self.rounds)
 
 
-def theirs(program: Path, gguf: Path, threads: int, prompt: int, new: int) -> tuple[float, float]:
-    """The same from llama-bench, one repetition."""
-    run = subprocess.run([str(program), "-m", str(gguf), "-t", str(threads), "-p", str(prompt), "-n", str(new),
-                          "-r", "1", "-o", "json"], capture_output=True, text=True, check=True)
-    rows = json.loads(run.stdout)
-    return (next(r["avg_ts"] for r in rows if r["n_prompt"]), next(r["avg_ts"] for r in rows if r["n_gen"]))
+class Workplace:
+    """What the sides need, made once in a folder: checkpoint, llama.cpp's environment, builds, GGUF files."""
+
+    def __init__(self, folder: Path, prompt: int, new: int) -> None:
+        self.folder, self.lengths = folder, [str(prompt), str(new)]
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def made(self, name: str, *command: str | Path, **environment: str) -> Path:
+        """folder/name, by running the command with the path behind it unless it is there. A failure leaves nothing."""
+        path, unfinished = self.folder / name, self.folder / f"unfinished-{name}"
+        if not path.exists():
+            print(f"making {path}", file=sys.stderr, flush=True)
+            subprocess.run(["rm", "-rf", str(unfinished)], check=True)
+            subprocess.run([*map(str, command), str(unfinished)], check=True, cwd=ROOT, stdout=sys.stderr,
+                           env={**os.environ, **environment})
+            unfinished.rename(path)
+        return path
+
+    def checkpoint(self) -> Path:
+        return self.made("checkpoint", sys.executable, "-m", "tests.bench.random_checkpoint",
+                         HERE / "bench_config.json")
+
+    def python(self) -> Path:
+        """The interpreter that has llama-cpp-python, compiled for this processor."""
+        python = self.made("llama", sys.executable, "-m", "venv") / "bin/python"
+        self.made("llama.built", "sh", "-c", f"{python} -m pip install -q --no-binary llama-cpp-python "
+                  "llama-cpp-python gguf numpy && touch $0", CMAKE_ARGS="-DGGML_NATIVE=ON")
+        return python
+
+    def build(self, format_: str) -> Path:
+        return self.made(f"build-{format_}", sys.executable, "-m", "qcn_compile.cli", "--model", self.checkpoint(),
+                         "--quant", format_, "--context-length", "4096", "-o")
+
+    def gguf(self, format_: str) -> Path:
+        return self.made(f"{format_}.gguf", self.python(), HERE / "llama/write_gguf.py", self.checkpoint(), format_)
+
+    def ours(self, format_: str) -> Side:
+        command = [sys.executable, HERE / "our_speed.py", self.build(format_)]
+        return Side(f"qcn-run {format_}", lambda threads: self._run([*command, str(threads)]))
+
+    def llama(self, format_: str) -> Side:
+        command = [self.python(), HERE / "llama/speed.py", self.gguf(format_)]
+        return Side(f"llama.cpp {format_}", lambda threads: self._run([*command, str(threads)]))
+
+    def transformers(self) -> Side:
+        command = [sys.executable, HERE / "eager_speed.py", self.checkpoint()]
+        return Side("transformers bf16", lambda threads: self._run([*command, str(threads)]))
+
+    def _run(self, command: Sequence[str | Path]) -> dict[str, float]:
+        done = subprocess.run([*map(str, command), *self.lengths], capture_output=True, text=True, check=False,
+                              cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
+        if done.returncode:
+            raise SystemExit(f"{command[1]} failed: {done.stderr.strip()[-500:]}")
+        found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+        return found
 
 
-def read_bandwidth(threads: int, size: int = 1 << 30) -> float:
-    """GB/s of summing a large array, one part a process: a lower bound of what the machine reads."""
-    code = (f"import numpy as np, time\na = np.ones({size // threads // 8}, np.float64)\nbest = 0\n"
-            "for _ in range(5):\n    t = time.perf_counter(); a.max(); "
-            "best = max(best, a.nbytes / (time.perf_counter() - t))\nprint(best / 1e9)")
-    jobs = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(threads)]
-    return sum(float(job.communicate()[0]) for job in jobs)
+def compare(sides: Sequence[Side], threads: int, rounds: int) -> dict[str, Any]:
+    """Rounds in turns, and a read of memory in each. The first side is ours."""
+    reads = []
+    for side in sides:
+        side.rounds.clear()
+    for _ in range(rounds):
+        reads.append(roof(threads)["read"])
+        for side in sides:
+            side.rounds.append(side.measure(threads))
+    rows = []
+    for side in sides:
+        row: dict[str, Any] = {key: side.median(key) for key in ("prefill", "decode", "rss", "weights")}
+        if "bytes" in side.rounds[0]:
+            row["gb_per_second"] = side.median("bytes") * row["decode"] / 1e9
+            row["of_read"] = row["gb_per_second"] / median(reads)
+        rows.append({"name": side.name, **row, "ratios": {key: sides[0].median(key) / row[key]
+                                                          for key in ("prefill", "decode")}})
+    return {"threads": threads, "rounds": rounds, "read": median(reads), "sides": rows}
 
 
-def active_bytes(build: Path) -> int:
-    """Bytes a decoded token must move, as the plan counts them (weights, states, activations)."""
-    plan = json.loads((build / "plan" / "main-decode-1.json").read_text())
-    return sum(launch["bytes"] for launch in plan["launches"])
+def table(found: dict[str, Any]) -> list[str]:
+    """The comparison as text."""
+    lines = [f"{found['threads']} thread(s), memory read {found['read']:.1f} GB/s, medians of {found['rounds']} rounds",
+             f"  {'':18} {'prefill':>8} {'ratio':>6} {'decode':>8} {'ratio':>6}  tokens/s"]
+    for row in found["sides"]:
+        rates = "".join(f" {row[key]:8.1f} {row['ratios'][key]:6.2f}" for key in ("prefill", "decode"))
+        line = f"  {row['name']:18}{rates}  resident {row['rss'] / 1e6:.0f} MB, weights {row['weights'] / 1e6:.0f} MB"
+        if "of_read" in row:
+            line += f"; {row['gb_per_second']:.1f} GB/s, {100 * row['of_read']:.0f} % of the read"
+        lines.append(line)
+    return lines
 
 
-def report(build: Path, threads: int, mine: Series, other: Series, reads: list[float]) -> None:
-    """One table per thread count."""
-    bandwidth = active_bytes(build) * median(mine.decode) / 1e9
-    print(f"\n{threads} thread{'s' if threads > 1 else ''}: memory read {median(reads):.1f} GB/s")
-    print("            qcn-run   llama.cpp   ratio   (tokens/s, medians)")
-    for name in ("prefill", "decode"):
-        a, b = median(getattr(mine, name)), median(getattr(other, name))
-        print(f"  {name:8} {a:9.1f} {b:11.1f} {a / b:7.2f}")
-    print(f"  decode moves {active_bytes(build) / 1e6:.0f} MB a token: {bandwidth:.1f} GB/s, "
-          f"{100 * bandwidth / median(reads):.0f} % of the read")
+def arguments() -> argparse.Namespace:
+    p = argparse.ArgumentParser(prog="qcn-bench cpu", description=(__doc__ or "").splitlines()[0])
+    p.add_argument("--vs", nargs="+", choices=("llama.cpp", "transformers"), default=["llama.cpp"])
+    p.add_argument("--format", nargs="+", choices=tuple(PEERS), default=["int4", "int8"],
+                   help="of our builds; llama.cpp gets Q4_0, Q8_0 or BF16 (default: int4 int8)")
+    p.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    p.add_argument("--rounds", type=int, default=5)
+    p.add_argument("--prompt", type=int, default=512)
+    p.add_argument("--new", type=int, default=96)
+    p.add_argument("--folder", type=Path, help="where to work, kept for the next run; else a temporary one (12 GB)")
+    p.add_argument("--json", action="store_true")
+    return p.parse_args()
 
 
 def main() -> None:
-    """Parse, run the rounds, print."""
-    top = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    top.add_argument("build", type=Path)
-    top.add_argument("gguf", type=Path)
-    top.add_argument("program", type=Path)
-    top.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    top.add_argument("--rounds", type=int, default=3)
-    top.add_argument("--prompt", type=int, default=512)
-    top.add_argument("--new", type=int, default=96)
-    args = top.parse_args()
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT,
-                            check=False).stdout.strip()
-    cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-                if line.startswith("model name")), platform.processor())
-    print(f"{time.strftime('%Y-%m-%d')}, {cpu}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, "
-          f"numpy {np.__version__}, commit {commit}")
-    for threads in args.threads:
-        mine, other, reads = Series(), Series(), []
-        for _ in range(args.rounds):
-            reads.append(read_bandwidth(threads))
-            for series, (prefill, decode) in ((mine, ours(args.build, threads, args.prompt, args.new)),
-                                              (other, theirs(args.program, args.gguf, threads, args.prompt, args.new))):
-                series.prefill.append(prefill)
-                series.decode.append(decode)
-        report(args.build, threads, mine, other, reads)
+    """Make what is missing, run the rounds, print."""
+    args = arguments()
+    with ExitStack() as stack:
+        folder = args.folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="qcn-cpu-")))
+        place = Workplace(folder.absolute(), args.prompt, args.new)
+        groups = []
+        for format_ in args.format:
+            others = {"llama.cpp": lambda f=format_: place.llama(PEERS[f]), "transformers": place.transformers}
+            groups.append([place.ours(format_), *(others[peer]() for peer in args.vs)])
+        about = machine(max(args.threads))
+        if not args.json:
+            print(", ".join(f"{key} {value}" for key, value in about.items() if key != "threads"), flush=True)
+        for threads in args.threads:
+            for sides in groups:
+                found = compare(sides, threads, args.rounds)
+                print(json.dumps({**about, **found}) if args.json else "\n".join(table(found)), flush=True)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,13 @@ import torch
 from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
+import qcn_compile
+from qcn_compile.compile import TOKENIZER_FILES
 from qcn_compile.frontend.checkpoint import INDEX, load_config
 from qcn_compile.frontend.trace import build
 from qcn_compile.ir.types import DType
 
+BUNDLED = Path(qcn_compile.__file__).parent / "assets/tiny-coder"
 SHARD = 1 << 30
 POOL = torch.randn(32 << 20, generator=torch.Generator().manual_seed(0))
 
@@ -71,3 +76,15 @@ def content(name: str, count: int) -> Tensor:
     if name.endswith("dt_bias"):
         return values.sub(3).bfloat16()
     return values.mul(0.25 if "conv1d" in name else 0.02).bfloat16()
+
+
+def main() -> None:
+    """python -m tests.bench.random_checkpoint CONFIG FOLDER, with the bundled model's tokenizer."""
+    folder = Path(sys.argv[2])
+    make(folder, json.loads(Path(sys.argv[1]).read_text()))
+    for name in TOKENIZER_FILES:
+        shutil.copyfile(BUNDLED / name, folder / name)
+
+
+if __name__ == "__main__":
+    main()

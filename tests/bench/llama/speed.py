@@ -56,7 +56,7 @@ def main() -> None:
     logits = np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(context, -1), (vocabulary,))
     resident = re.search(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text())
     print(json.dumps({"prefill": prompt / (middle - start), "decode": new / (end - middle),
-                      "rss": 1024 * int(resident.group(1)) if resident else 0, "file": Path(path).stat().st_size,
+                      "rss": 1024 * int(resident.group(1)) if resident else 0, "weights": Path(path).stat().st_size,
                       "finite": bool(np.isfinite(logits).all()), "version": llama_cpp.__version__}))
 
 

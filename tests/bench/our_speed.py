@@ -1,0 +1,36 @@
+"""qcn-run on a build: python our_speed.py BUILD THREADS PROMPT NEW; prints one JSON object, as llama/speed.py does.
+
+Tokens are sampled, so that every step routes to other experts; the sampling counts. Memory: resident in the end.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from qcn_compile import load
+from qcn_compile.artifact import read_plan
+
+
+def main() -> None:
+    build, (threads, prompt, new) = Path(sys.argv[1]), map(int, sys.argv[2:5])
+    with load(build, threads=threads, context_length=prompt + new + 64, huge_pages=True,
+              max_running_requests=1) as model:
+        ids = np.random.default_rng(0).integers(1, model.manifest.vocab_size, prompt).tolist()
+        list(model.generate(ids[:16], temperature=1.0, seed=0, max_tokens=2, ignore_eos=True))
+        for last in model.generate(ids, temperature=1.0, seed=0, max_tokens=new, ignore_eos=True):
+            timing = last.timing
+        resident = re.search(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text())
+        plan = read_plan(build, "plan/main-decode-1.json")
+        print(json.dumps({"prefill": timing.prefill_rate, "decode": timing.decode_rate,
+                          "rss": 1024 * int(resident.group(1)) if resident else 0,
+                          "weights": sum(f.stat().st_size for f in (build / "weights").iterdir()),
+                          "bytes": sum(launch.bytes for launch in plan.launches)}))
+
+
+if __name__ == "__main__":
+    main()
