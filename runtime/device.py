@@ -20,7 +20,7 @@ ANY = np.dtype([("type_index", "<i4"), ("padding", "<i4"), ("pointer", "<u8")])
 LAUNCH = np.dtype([("function", "<u8"), ("args", "<u8"), ("n_args", "<i4"), ("reserved", "<i4")])
 CPUINFO = Path("/proc/cpuinfo")
 PROCESSOR_FLAGS = {"avx2": ("avx2", "fma", "f16c"), "avx512": ("avx512f", "avx512bw", "avx512vl", "avx512dq"),
-                   "vnni": ("avx512_vnni",)}  # features named in the manifest -> flags the kernel lists
+                   "vnni": ("avx512_vnni",), "avxvnni": ("avx_vnni",)}  # features of a manifest -> flags of Linux
 _NO_RESERVE = 0x4000  # MAP_NORESERVE of Linux: caches are reserved whole and touched as they fill
 
 
@@ -51,15 +51,29 @@ def _ask_for_huge_pages(memory: mmap.mmap) -> None:
 
 def check_processor(target: Mapping[str, Any]) -> None:
     """Raises ArtifactError when this processor lacks what the build's kernels use, before they can trap."""
-    features = str(target.get("features", "")).split()
-    if not features or not CPUINFO.is_file():
-        return
-    lines = CPUINFO.read_text(encoding="utf-8").splitlines()
-    flags = next((set(line.split(":")[1].split()) for line in lines if line.startswith("flags")), set[str]())
-    lacking = [name for name in features if not flags.issuperset(PROCESSOR_FLAGS.get(name, (name,)))]
+    flags = processor_flags()
+    lacking = lacked(str(target.get("features", "")), flags) if flags else []
     if lacking:
         raise ArtifactError(f"the build was made for {target.get('mcpu')}, this processor lacks {', '.join(lacking)}; "
                             "build again here, or with --mcpu naming this processor")
+
+
+def processor_flags() -> frozenset[str]:
+    """Flags of this processor as Linux lists them; empty where it lists none."""
+    lines = CPUINFO.read_text(encoding="utf-8").splitlines() if CPUINFO.is_file() else []
+    return next((frozenset(line.split(":")[1].split()) for line in lines if line.startswith("flags")), frozenset())
+
+
+def lacked(features: str, flags: frozenset[str]) -> list[str]:
+    """Of features named in a manifest, those that are not among the flags."""
+    return [name for name in features.split() if not flags.issuperset(PROCESSOR_FLAGS.get(name, (name,)))]
+
+
+def usable(libraries: Sequence[str], target: Mapping[str, Any], flags: frozenset[str]) -> list[str]:
+    """The libraries of a build without the variants that this processor cannot run, and but the first that it can."""
+    variants = {f"kernels/libkernels-{name}.so": str(needs) for name, needs in target.get("variants", {}).items()}
+    found = [name for name in libraries if name in variants and not lacked(variants[name], flags)]
+    return [name for name in libraries if name not in variants or name in found[:1]]
 
 
 def address(array: np.ndarray) -> int:

@@ -19,7 +19,7 @@ from qcn_compile.artifact import Manifest, read_manifest
 from qcn_compile.errors import ArtifactError, QcnError, UsageError
 from qcn_compile.runtime.cuda.device import CudaDevice
 from qcn_compile.runtime.cuda.executable import CudaExecutable, open_cuda
-from qcn_compile.runtime.device import CpuDevice, check_processor
+from qcn_compile.runtime.device import CpuDevice, check_processor, processor_flags, usable
 from qcn_compile.runtime.engine import Engine, EngineConfig, check_tokens
 from qcn_compile.runtime.executable import Executable
 from qcn_compile.runtime.memory import MemoryPlan, plan_memory
@@ -89,7 +89,7 @@ def load(build: str | PathLike[str], *, context_length: int | None = None, max_r
 def _open_cpu(path: Path, manifest: Manifest, memory: MemoryPlan, threads: int, pin: bool, huge_pages: bool,
               report: Report | None) -> tuple[CpuDevice, Executable]:
     check_processor(manifest.target)
-    device = CpuDevice(path, manifest.libraries, threads, pin)
+    device = CpuDevice(path, usable(manifest.libraries, manifest.target, processor_flags()), threads, pin)
     try:
         weights = Weights(path, manifest.weights, huge_pages, report)
         return device, Executable(path, manifest, device, weights, memory)

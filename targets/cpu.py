@@ -36,7 +36,9 @@ class CpuTarget:
 
     def describe(self) -> dict[str, object]:
         """What the manifest records of the machine."""
-        return {"mcpu": processor.llvm_name(self.hardware), "features": " ".join(self.hardware.features)}
+        others = {name: " ".join(chip.features) for name, chip in processor.variants(self.hardware).items()}
+        return {"mcpu": processor.llvm_name(self.hardware), "features": " ".join(self.hardware.features),
+                **({"variants": others} if others else {})}
 
     def lower(self, op: Op, operands: Sequence[Operand | None], results: Sequence[TensorType],
               bucket: Bucket) -> list[Call]:

@@ -14,7 +14,7 @@ from typing import Any
 from qcn_compile.errors import LoweringError
 from qcn_compile.targets.base import Kernel
 from qcn_compile.targets.spec import Hardware
-from qcn_compile.targets.tvm.processor import llvm_name, llvm_target
+from qcn_compile.targets.tvm.processor import llvm_name, llvm_target, variants
 
 HERE = Path(__file__).parent
 HOST, KERNELS = "libqcnhost.so", "libkernels.so"
@@ -23,23 +23,44 @@ Progress = Callable[[int, int], None]
 
 
 def emit(kernels: Sequence[Kernel], folder: Path, chip: Hardware, progress: Progress | None = None) -> list[str]:
-    """Write both libraries, host.c and source/<kernel>.py under `folder`; returns [host library, kernel library]."""
+    """Write the libraries, host.c and source/<kernel>.py under `folder`; returns the libraries: the host's, those of
+    the chip's variants, which hold the kernels with int8 activations only, and that of all kernels."""
     (folder / "source").mkdir(parents=True, exist_ok=True)
     build_host(folder)
     ordered = sorted(set(kernels), key=lambda kernel: kernel.symbol)
+    integer = [kernel for kernel in ordered if dict(kernel.params).get("act") == "int8"]
+    parts = [(variant_library(name), other, integer) for name, other in variants(chip).items() if integer]
+    parts.append((KERNELS, chip, ordered))
+    done, total = 0, sum(len(part) for _, _, part in parts)
+    for library, target, part in parts:
+        def tell(count: int, before: int = done) -> None:
+            if progress is not None:
+                progress(before + count, total)
+
+        link(part, folder / library, target, folder / "source" if library == KERNELS else None, tell)
+        done += len(part)
+    return [HOST, *(library for library, _, _ in parts)]
+
+
+def variant_library(name: str) -> str:
+    """File name of the kernels of a variant."""
+    return f"libkernels-{name}.so"
+
+
+def link(kernels: Sequence[Kernel], library: Path, chip: Hardware, sources: Path | None,
+         tell: Callable[[int], None]) -> None:
+    """One shared library of kernels, and their sources beside it."""
     with tempfile.TemporaryDirectory() as scratch:
         shutil.copyfile(HERE / "glue.c", Path(scratch) / "glue.c")
         objects = []
-        for done, kernel in enumerate(ordered, 1):
+        for done, kernel in enumerate(kernels, 1):
             function = kernel_function(kernel, chip)
-            (folder / "source" / f"{kernel.symbol}.py").write_text(function.script() + "\n", encoding="utf-8")
+            if sources is not None:
+                (sources / f"{kernel.symbol}.py").write_text(function.script() + "\n", encoding="utf-8")
             objects.append(f"{done}.o")
             compiled([function], chip).write_to_file(str(Path(scratch) / objects[-1]))
-            if progress is not None:
-                progress(done, len(ordered))
-        output = str((folder / KERNELS).resolve())
-        run_compiler(["-O2", *LINK, "-o", output, *objects, "glue.c", "-lm"], scratch)
-    return [HOST, KERNELS]
+            tell(done)
+        run_compiler(["-O2", *LINK, "-o", str(library.resolve()), *objects, "glue.c", "-lm"], scratch)
 
 
 def kernel_function(kernel: Kernel, chip: Hardware) -> Any:
@@ -55,7 +76,7 @@ def compiled(functions: Sequence[Any], chip: Hardware) -> Any:
     import tvm
 
     module = tvm.IRModule({str(function.attrs["global_symbol"]): function for function in functions})
-    return tvm.compile(module, llvm_target(llvm_name(chip))).mod
+    return tvm.compile(module, llvm_target(llvm_name(chip), chip.features, chip.vendor)).mod
 
 
 def build_host(folder: Path) -> None:

@@ -15,7 +15,11 @@ NEEDS = {  # our feature -> flags of /proc/cpuinfo, and LLVM's names of the same
     "avx2": (("avx2", "fma", "f16c"), ("avx2", "fma", "f16c")),
     "avx512": (("avx512f", "avx512bw", "avx512vl", "avx512dq"), ("avx512f", "avx512bw", "avx512vl", "avx512dq")),
     "vnni": (("avx512_vnni",), ("avx512vnni",)),
+    "avxvnni": (("avx_vnni",), ("avxvnni",)),
 }
+PORTABLE = "portable"  # --mcpu: AVX2, and the products with int8 activations for these as well, chosen when loaded
+VARIANTS = {"avx512vnni": ("x86-64-v4", ("avx2", "avx512", "vnni")), "avxvnni": ("x86-64-v3", ("avx2", "avxvnni"))}
+TRIPLES = {"arm": "aarch64-unknown-linux-gnu"}
 
 
 def resolve(mcpu: str | None) -> Hardware:
@@ -23,6 +27,8 @@ def resolve(mcpu: str | None) -> Hardware:
     if mcpu in (None, "", "host", "native"):
         return _host()
     assert mcpu is not None
+    if mcpu == PORTABLE:
+        return replace(catalogue()["x86-64-v3"], name=PORTABLE)
     found = catalogue().get(mcpu)
     if found is not None and found.kind == "cpu" and not found.backend:
         raise UsageError(f"--mcpu {mcpu}: no kernels are written for {found.vendor} processors yet, so it cannot be "
@@ -69,14 +75,24 @@ def llvm_name(chip: Hardware) -> str:
     return "x86-64-v4" if "avx512" in chip.features else "x86-64-v3" if "avx2" in chip.features else "x86-64-v2"
 
 
+def variants(chip: Hardware) -> dict[str, Hardware]:
+    """The processors that a portable build has kernels for besides its own, the most able first."""
+    if chip.name != PORTABLE:
+        return {}
+    return {name: replace(chip, mcpu=mcpu, features=features) for name, (mcpu, features) in VARIANTS.items()}
+
+
 def _has(mcpu: str, wanted: tuple[str, ...]) -> bool:
     import tvm
 
     return all(tvm.target.codegen.llvm_cpu_has_features(w, llvm_target(mcpu)) for w in wanted)
 
 
-def llvm_target(mcpu: str) -> object:
-    """TVM's target for an LLVM processor name."""
+def llvm_target(mcpu: str, features: tuple[str, ...] = (), vendor: str = "") -> object:
+    """TVM's target for an LLVM processor name that has our `features`, too."""
     import tvm
 
-    return tvm.target.Target({"kind": "llvm", "mtriple": "x86_64-unknown-linux-gnu", "mcpu": mcpu})
+    attributes = [f"+{wanted}" for name in features for wanted in NEEDS.get(name, ((), (name,)))[1]]
+    triple = TRIPLES.get(vendor, "x86_64-unknown-linux-gnu")
+    return tvm.target.Target({"kind": "llvm", "mtriple": triple, "mcpu": mcpu,
+                              **({"mattr": attributes} if attributes else {})})

@@ -1,6 +1,6 @@
 """qcn-run on a build: python our_speed.py BUILD THREADS PROMPT NEW; prints one JSON object, as llama/speed.py does.
 
-Tokens are sampled, so that every step routes to other experts; the sampling counts. Memory: resident in the end.
+Tokens are sampled, so that every step routes to other experts. Memory: resident in the end.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ def main() -> None:
     with load(build, threads=threads, context_length=prompt + new + 64, huge_pages=True,
               max_running_requests=1) as model:
         ids = np.random.default_rng(0).integers(1, model.manifest.vocab_size, prompt).tolist()
-        list(model.generate(ids[:16], temperature=1.0, seed=0, max_tokens=2, ignore_eos=True))
-        for last in model.generate(ids, temperature=1.0, seed=0, max_tokens=new, ignore_eos=True):
+        sampling = {"temperature": 1.0, "top_k": 40, "top_p": 1.0, "seed": 0, "ignore_eos": True}
+        list(model.generate(ids[:16], max_tokens=2, **sampling))
+        for last in model.generate(ids, max_tokens=new, **sampling):
             timing = last.timing
         resident = re.search(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text())
         plan = read_plan(build, "plan/main-decode-1.json")

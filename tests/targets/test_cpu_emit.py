@@ -5,6 +5,7 @@ from __future__ import annotations
 import filecmp
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,10 @@ from test_attention import PROGRAMS as ATTENTION
 
 from qcn_compile.errors import LoweringError
 from qcn_compile.ir.encoding import Encoding
+from qcn_compile.runtime.device import usable
 from qcn_compile.targets.base import Kernel
 from qcn_compile.targets.cpu import CpuTarget
+from qcn_compile.targets.spec import Hardware, hardware
 from qcn_compile.targets.tvm.emit import compiled, kernel_function
 
 SAMPLE = [
@@ -72,6 +75,38 @@ def test_other_processors_compile(mcpu: str) -> None:
     assembly = compiled(functions, target.hardware).inspect_source("asm")
     assert ("vfmadd" in assembly) == ("avx2" in target.hardware.features)
     assert "AllocWorkspace" not in assembly
+
+
+@pytest.mark.parametrize(("chip", "instruction", "registers"), [
+    (replace(hardware("x86-64-v3"), features=("avx2", "avxvnni")), "vpdpbusd", "%ymm"),
+    (replace(hardware("x86-64-v4"), features=("avx2", "avx512", "vnni")), "vpdpbusd", "%zmm"),
+    (replace(hardware("neoverse-n1"), features=("dotprod",)), "sdot", ".4s"),
+], ids=["avxvnni", "avx512vnni", "arm"])
+@pytest.mark.parametrize("form", ["int4", "int8"])
+def test_dot_product_instructions(chip: Hardware, instruction: str, registers: str, form: str) -> None:
+    """They cannot run everywhere, but they compile: one instruction for each 4 products of all lanes."""
+    kernel = Kernel.make("linear", **{**dict(SAMPLE[0].params), "fmt": form})
+    assembly = compiled([kernel_function(kernel, chip)], chip).inspect_source("asm")
+    found = [line for line in assembly.splitlines() if instruction in line.split()[:2]]  # perhaps after {vex}
+    assert len(found) >= 16 and registers in assembly
+    assert all("%zmm" not in line for line in found) or registers == "%zmm"
+    assert "AllocWorkspace" not in assembly
+
+
+def test_a_portable_build_has_the_integer_kernels_several_times(tmp_path: Path) -> None:
+    target = CpuTarget("portable")
+    libraries = target.emit(SAMPLE, tmp_path)
+    assert libraries == ["libqcnhost.so", "libkernels-avx512vnni.so", "libkernels-avxvnni.so", "libkernels.so"]
+    symbols = [subprocess.run(["nm", "-D", tmp_path / name], capture_output=True, text=True, check=True).stdout
+               for name in libraries[1:]]
+    assert [SAMPLE[0].symbol in text for text in symbols] == [True] * 3
+    assert [SAMPLE[1].symbol in text for text in symbols] == [False, False, True]
+    paths, base = [f"kernels/{name}" for name in libraries], {"avx2", "fma", "f16c"}
+    wide = base | {"avx512f", "avx512bw", "avx512vl", "avx512dq"}
+    for flags, chosen in ((base, []), (base | {"avx_vnni"}, [2]), (wide | {"avx512_vnni", "avx_vnni"}, [1]),
+                          (wide, [])):
+        wanted = [paths[i] for i in (0, *chosen, 3)]
+        assert usable(paths, target.describe(), frozenset(flags)) == wanted
 
 
 def test_int8_activations_need_avx2() -> None:

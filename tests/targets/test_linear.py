@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from harness import DECODE, PREFILL, Lab, Program, Ragged, Trial, assert_close
+from tvm.tirx.script.builder import ir as T
 
 from qcn_compile.ir.encoding import Encoding, encode_activations
 from qcn_compile.ir.optable import TABLE
 from qcn_compile.targets.base import Bucket
 from qcn_compile.targets.cpu import CpuTarget
+from qcn_compile.targets.tvm.kernels import integer
+from qcn_compile.targets.tvm.kernels.core import Machine, i32, lanes_of, vector
 
 ENCODINGS = [Encoding("f32"), Encoding("bf16"), Encoding("int8"), Encoding("int4"),
              Encoding("int8", 32, "int8"), Encoding("int4", 32, "int8")]
@@ -99,6 +103,34 @@ def test_avx2_and_vnni_give_the_same_bits(lab: Lab, tmp_path: Path, form: str) -
     one, two = (each.run(program, Ragged((13,)), seed=4).got[0] for each in (lab, plain))
     plain.host.c.qcn_host_shutdown()
     assert np.array_equal(one, two)
+
+
+def _products(sums: Any, w: Any, x: Any, signed: bool) -> Any:
+    """What a dot product instruction does to int32 lanes of four codes, in plain arithmetic."""
+    lanes = lanes_of(sums)
+    w, x = (T.reinterpret(vector("int32", lanes), codes) for codes in (w, x))
+    for byte in range(4):
+        left, down = i32(24 - 8 * byte, lanes), i32(24, lanes)
+        a, b = (T.shift_right(T.shift_left(codes, left), down) for codes in (w, x))
+        sums = sums + (a if signed else T.bitwise_and(a, i32(255, lanes))) * b
+    return sums
+
+
+@pytest.mark.parametrize("form", ["int8", "int4"])
+@pytest.mark.parametrize(("machine", "family"), [
+    (Machine(8, 8), integer.VnniTile), (Machine(8, 16), integer.VnniTile), (Machine(8, 4, arm=True), integer.ArmTile),
+], ids=["avxvnni", "avx512vnni", "arm"])
+def test_tiles_of_dot_products_give_the_same_bits(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str,
+                                                  machine: Machine, family: type[integer.DotTile]) -> None:
+    """On any machine: the instruction is replaced by what it does, everything around it runs as it is."""
+    monkeypatch.setattr(family, "_product", lambda self, sums, w, x: _products(sums, w, x, machine.arm))
+    monkeypatch.setattr(Machine, "of", staticmethod(lambda features: machine))
+    programs = [PREFILLING[form, "int8", 40, 100], DECODING[form, "int8", 17, 33]]
+    other = Lab(tmp_path, programs, CpuTarget("x86-64-v3"))
+    for program in programs:
+        one, two = (each.run(program, Ragged((7,)), seed=4).got[0] for each in (lab, other))
+        assert np.array_equal(one, two)
+    other.host.c.qcn_host_shutdown()
 
 
 @pytest.mark.parametrize("key", [k for k in PREFILLING if k[2:] == (40, 100)], ids=str)

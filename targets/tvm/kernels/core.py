@@ -22,15 +22,20 @@ Expr = Any
 
 @dataclass(frozen=True)
 class Machine:
-    """What kernels may assume of the processor: SIMD lanes of f32, AVX-512's int8 dot product."""
+    """What kernels may assume of the processor: SIMD lanes of f32, and the lanes of its int8 dot product (0: none),
+    x86's of unsigned with signed codes or ARM's of signed ones."""
 
     lanes: int = 8
-    vnni: bool = False
+    dot: int = 0
+    arm: bool = False
 
     @staticmethod
     def of(features: Sequence[str]) -> Machine:
         """From the feature names of data/cpu.toml."""
-        return Machine(16 if "avx512" in features else 8 if "avx2" in features else 4, "vnni" in features)
+        if "dotprod" in features:
+            return Machine(4, 4, arm=True)
+        lanes = 16 if "avx512" in features else 8 if "avx2" in features else 4
+        return Machine(lanes, 16 if "vnni" in features else 8 if "avxvnni" in features else 0)
 
 
 class Array:

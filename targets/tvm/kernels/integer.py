@@ -2,8 +2,9 @@
 
     acc[n] += scale_w[n, g] * (sum_k code_w[n, k] code_x[k] * scale_x[g])
 
-AVX2 and AVX-512 VNNI compute the same integers, so both give the same bits. Where an instruction wants unsigned codes,
-the weight is stored or made as code + zero, and `xz` = -zero * (sum of the codes of x in the group) takes it out again.
+AVX2, both forms of VNNI and ARM's dot product compute the same integers, so all give the same bits. Where an
+instruction wants unsigned codes, the weight is stored or made as code + zero, and `xz` = -zero * (sum of the codes of x
+in the group) takes it out again.
 """
 
 from __future__ import annotations
@@ -33,17 +34,18 @@ def make_tile(a: Arrays, m: Machine, depth: int, format: str, activations: str) 
     """The tile for a format on a machine."""
     if activations == "f32":
         return FloatTile(a, m, depth, format)
-    return VnniTile(a, depth, format) if m.vnni else Avx2Tile(a, depth, format)
+    if m.arm:
+        return ArmTile(a, depth, format, m.dot)
+    return VnniTile(a, depth, format, m.dot) if m.dot else Avx2Tile(a, depth, format, 8)
 
 
 class IntegerTile:
-    """What AVX2 and VNNI share: the walk over groups, and the f32 chain in vectors of `lanes` rows."""
+    """What all share: the walk over groups, and the f32 chain in vectors of `lanes` rows."""
 
-    lanes = 8
     together = 1  # sums inside a group are many short chains already
 
-    def __init__(self, a: Arrays, depth: int, format: str) -> None:
-        self.a, self.format, self.groups = a, format, -(-depth // GROUP)
+    def __init__(self, a: Arrays, depth: int, format: str, lanes: int) -> None:
+        self.a, self.format, self.groups, self.lanes = a, format, -(-depth // GROUP), lanes
         self.lines = GROUP * TILE // LINE // (2 if format == "int4" else 1)  # lines of 64 bytes in a group
 
     def multiply(self, tiles: list[Expr], rows: list[Expr], stride: int, acc: Array) -> None:
@@ -75,32 +77,63 @@ class IntegerTile:
         raise NotImplementedError
 
 
-class VnniTile(IntegerTile):
-    """AVX-512 VNNI: 64 products of unsigned weight and signed x in one instruction, 16 rows of 4 inputs."""
-
-    lanes = 16
+class DotTile(IntegerTile):
+    """Four products of a row in one lane of one instruction. int4 comes as nibbles that are 8 too large."""
 
     def dot(self, at: Expr, xq: list[Expr], xz: list[Expr], sums: Array) -> None:
         for r, z in enumerate(xz):
-            sums[r * TILE, TILE] = splat(z, TILE)
+            sums[r * TILE, TILE] = splat(z if self.biased else T.int32(0), TILE)
         for b in range(self.lines):
             prefetch(self.a.w, at + b * LINE + AHEAD)
-            raw = let("raw", self.a.w[at + b * LINE, LINE])
-            for i, codes in enumerate(self._unsigned(raw)):
-                w = let("codes", codes)
-                for r, q in enumerate(xq):
-                    x = self.a.xq[q + (b * 2 + i if self.format == "int4" else b)]
-                    sums[r * TILE, TILE] = T.call_llvm_pure_intrin(
-                        "int32x16", "llvm.x86.avx512.vpdpbusd.512", sums[r * TILE, TILE], w,
-                        T.reinterpret("int8x64", splat(x, 16)))
+            for v in range(TILE // self.lanes):
+                raw = let("raw", self.a.w[at + b * LINE + v * 4 * self.lanes, 4 * self.lanes])
+                for i, codes in enumerate(self._codes(raw)):
+                    w = let("codes", codes)
+                    for r, q in enumerate(xq):
+                        x = self.a.xq[q + (b * 2 + i if self.format == "int4" else b)]
+                        lane = r * TILE + v * self.lanes
+                        sums[lane, self.lanes] = self._product(sums[lane, self.lanes], w, self._four(x))
 
-    def _unsigned(self, raw: Expr) -> list[Expr]:
-        """The codes of a line plus their zero: int4 comes as nibbles, int8 gets 128 by flipping its sign bit."""
+    @property
+    def biased(self) -> bool:
+        """Whether the zero terms belong into the sums."""
+        return self.format == "int4"
+
+    def _codes(self, raw: Expr) -> list[Expr]:
         if self.format == "int8":
-            return [T.bitwise_xor(raw, splat(T.int8(-128), 64))]
-        high = T.shift_right(T.reinterpret("uint16x32", raw), splat(T.uint16(4), 32))
-        return [T.reinterpret("int8x64", T.bitwise_and(part, splat(T.uint8(15), 64)))
-                for part in (raw, T.reinterpret("uint8x64", high))]
+            return [raw]
+        size = 4 * self.lanes
+        high = T.shift_right(T.reinterpret(f"uint16x{size // 2}", raw), splat(T.uint16(4), size // 2))
+        return [T.reinterpret(f"int8x{size}", T.bitwise_and(part, splat(T.uint8(15), size)))
+                for part in (raw, T.reinterpret(f"uint8x{size}", high))]
+
+    def _four(self, x: Expr) -> Expr:
+        return T.reinterpret(f"int8x{4 * self.lanes}", splat(x, self.lanes))
+
+    def _product(self, sums: Expr, w: Expr, x: Expr) -> Expr:
+        """sums + the products of each lane."""
+        raise NotImplementedError
+
+
+class VnniTile(DotTile):
+    """Unsigned weight and signed x: AVX-512 VNNI has 16 lanes, AVX-VNNI 8. int8 gets 128 by flipping its sign bit."""
+
+    biased = True
+
+    def _codes(self, raw: Expr) -> list[Expr]:
+        flipped = [T.bitwise_xor(raw, splat(T.int8(-128), 4 * self.lanes))] if self.format == "int8" else None
+        return flipped or super()._codes(raw)
+
+    def _product(self, sums: Expr, w: Expr, x: Expr) -> Expr:
+        name = f"llvm.x86.avx512.vpdpbusd.{32 * self.lanes}"
+        return T.call_llvm_pure_intrin(f"int32x{self.lanes}", name, sums, w, x)
+
+
+class ArmTile(DotTile):
+    """ARM's SDOT, signed weight and x."""
+
+    def _product(self, sums: Expr, w: Expr, x: Expr) -> Expr:
+        return T.call_llvm_pure_intrin("int32x4", "llvm.aarch64.neon.sdot.v4i32.v16i8", sums, w, x)
 
 
 class Avx2Tile(IntegerTile):

@@ -57,7 +57,7 @@ def block_sizes(m: Machine, activations: str, many: bool) -> tuple[int, ...]:
     if not many:
         return 4, 1
     if activations == "int8":
-        return (8, 4, 1) if m.vnni else (4, 1)
+        return (8, 4, 1) if m.dot == 16 else (4, 1)  # as many as there are registers
     return (12, 4, 1) if m.lanes == 16 else (6, 1)
 
 

@@ -1,7 +1,7 @@
 """llama.cpp on a GGUF file: python speed.py GGUF THREADS PROMPT NEW. Needs llama-cpp-python; prints one JSON object.
 
-As llama-bench does it: a warm-up, a prompt of random tokens in one batch, then random tokens one by one. Nothing is
-sampled, logits are made for the last token of a batch. Memory is what is resident in the end.
+A warm-up, a prompt of random tokens in one batch, then tokens one by one, sampled as on our side (temperature 1 among
+the 40 most likely). Memory is what is resident in the end.
 """
 
 from __future__ import annotations
@@ -38,20 +38,31 @@ def opened(path: str, threads: int, length: int) -> tuple[ctypes.c_void_p, ctype
     return model, context
 
 
+def sampler() -> ctypes.c_void_p:
+    """Temperature 1 among the 40 most likely."""
+    chain = llama_cpp.llama_sampler_chain_init(llama_cpp.llama_sampler_chain_default_params())
+    for part in (llama_cpp.llama_sampler_init_top_k(40), llama_cpp.llama_sampler_init_temp(1.0),
+                 llama_cpp.llama_sampler_init_dist(0)):
+        llama_cpp.llama_sampler_chain_add(chain, part)
+    return chain
+
+
 def main() -> None:
     path, (threads, prompt, new) = sys.argv[1], map(int, sys.argv[2:5])
     model, context = opened(path, threads, -(-(prompt + new + 64) // 256) * 256)
     vocabulary = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
-    ids = np.random.default_rng(0).integers(0, vocabulary, prompt + new)
+    ids, chain = np.random.default_rng(0).integers(0, vocabulary, prompt), sampler()
     memory = llama_cpp.llama_get_memory(context)
     decode(context, ids[:16])
     decode(context, ids[:1])
     llama_cpp.llama_memory_clear(memory, True)
     start = time.perf_counter()
-    decode(context, ids[:prompt])
+    decode(context, ids)
+    token = llama_cpp.llama_sampler_sample(chain, context, -1)
     middle = time.perf_counter()
-    for i in range(prompt, prompt + new):
-        decode(context, ids[i:i + 1])
+    for _ in range(new):
+        decode(context, np.array([token]))
+        token = llama_cpp.llama_sampler_sample(chain, context, -1)
     end = time.perf_counter()
     logits = np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(context, -1), (vocabulary,))
     resident = re.search(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text())
