@@ -24,6 +24,9 @@ PROCESSOR_FLAGS = {"avx2": ("avx2", "fma", "f16c"), "avx512": ("avx512f", "avx51
 _NO_RESERVE = 0x4000  # MAP_NORESERVE of Linux: caches are reserved whole and touched as they fill
 
 
+_COLLAPSE = 25  # MADV_COLLAPSE, Linux 6.1
+
+
 def allocate(nbytes: int) -> np.ndarray:
     """Zeroed private memory, u8 [nbytes], 64-byte aligned; on 2 MiB boundaries with huge pages asked for when large.
 
@@ -47,6 +50,14 @@ def allocate(nbytes: int) -> np.ndarray:
 def _ask_for_huge_pages(memory: mmap.mmap) -> None:
     with suppress(OSError):  # a kernel without transparent huge pages: slower, not wrong
         memory.madvise(mmap.MADV_HUGEPAGE)
+
+
+def collapse(array: np.ndarray) -> None:
+    """Ask once more for huge pages below memory that is filled: the first touch does not wait until there are some."""
+    start = -(-address(array) // HUGE_PAGE) * HUGE_PAGE
+    size = (address(array) + array.nbytes - start) // HUGE_PAGE * HUGE_PAGE
+    if size > 0:  # an older kernel refuses: slower, not wrong
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), _COLLAPSE)
 
 
 def check_processor(target: Mapping[str, Any]) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 
 from qcn_compile.artifact import ALIGNMENT
 from qcn_compile.errors import ArtifactError
-from qcn_compile.runtime.device import address, allocate
+from qcn_compile.runtime.device import address, allocate, collapse
 
 _BLOCK = 64 << 20
 Report = Callable[[str, int, int], None]  # what, bytes done, bytes in all
@@ -79,6 +79,7 @@ def _copy(path: Path, done: int, total: int, report: Report | None) -> np.ndarra
             read += count
             if report:
                 report("reading weights", done + read, total)
+    collapse(data)
     return data
 
 

@@ -44,8 +44,9 @@ def make(folder: Path, config: dict[str, Any], sparse: bool = False) -> int:
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         index |= dict.fromkeys(shard, file)
         _write(folder / file, shard, sparse)
-    (folder / INDEX).write_text(json.dumps({"weight_map": index}))
-    return sum(2 * int(np.prod(shape)) for shape in shapes.values())
+    total = sum(2 * int(np.prod(shape)) for shape in shapes.values())
+    (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": index}))
+    return total
 
 
 def _write(file: Path, shapes: dict[str, tuple[int, ...]], sparse: bool) -> None:
