@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from qcn_compile.ir.encoding import GROUP
+from qcn_compile.ir.fp8 import BLOCK
 from qcn_compile.ir.graph import Attr, Graph, Op
 from qcn_compile.ir.rewrite import Fired, Rewriter
 from qcn_compile.passes.base import Pass, PassContext, register_pass
@@ -21,30 +23,41 @@ VIEWS = ("slice", "reshape")
 @register_pass
 @dataclass(frozen=True)
 class SelectQuantization(Pass):
-    """w => encode(w){format, group, activations}. format: none, int8 or int4; base: f32 or bf16."""
+    """w => encode(w){format, group, activations}.
+
+    format: none, int8, int4 or fp8; base: f32 or bf16. experts, dense, head: another format for a class of
+    weights; head is what makes the first output, the logits. group: values of a row that
+    share a scale (0: as the format has it).
+    """
 
     name: ClassVar[str] = "select-quantization"
     after: ClassVar[tuple[str, ...]] = ("fuse-deltanet", "fuse-moe", "select-rows")
     base: str = "f32"
     format: str = "none"
-    group: int = 32
+    experts: str = ""
+    dense: str = ""
+    head: str = ""
+    group: int = 0
     activations: str = "f32"
 
     def run(self, graph: Graph, context: PassContext) -> Graph:
         rewriter = Rewriter(graph)
-        sensitive = find_sensitive(graph)
+        sensitive, logits = find_sensitive(graph), graph.outputs[0].op
         for op in list(graph.ops):
+            kind = self.experts if op.name.startswith("moe_") else self.head if op is logits else self.dense
             for index in WEIGHTS.get(op.name, ()):
-                self._encode(rewriter, op, index, sensitive.get(op), context)
+                self._encode(rewriter, op, index, kind or self.format, sensitive.get(op), context)
         return rewriter.finish()
 
-    def _encode(self, rewriter: Rewriter, op: Op, index: int, reason: str | None, context: PassContext) -> None:
+    def _encode(self, rewriter: Rewriter, op: Op, index: int, format_: str, reason: str | None,
+                context: PassContext) -> None:
         weight = op.operands[index]
         assert weight is not None
-        keep = "the base dtype was asked for" if self.format == "none" else reason
-        if self.format != "none" and reason is None and op.name == "embedding":
+        keep = "the base dtype was asked for" if format_ in ("none", self.base) else reason
+        if keep is None and op.name == "embedding":
             keep = "a table look-up reads one row a token: nothing to save"
-        attrs: dict[str, Attr] = {"format": self.base if keep else self.format, "group": self.group,
+        group = self.group or (BLOCK if "fp8" in (self.format, self.dense, self.experts, self.head) else GROUP)
+        attrs: dict[str, Attr] = {"format": self.base if keep else format_, "group": group,
                                   "activations": "f32" if keep else self.activations}
         fresh = rewriter.make("encode", [weight], attrs, op.loc, weight.name).result
         op.operands[index] = fresh

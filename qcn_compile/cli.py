@@ -14,6 +14,7 @@ from qcn_compile.commands import guarded
 from qcn_compile.errors import UsageError
 from qcn_compile.flags import check
 from qcn_compile.planning import command
+from qcn_compile.planning.table import lines
 
 if TYPE_CHECKING:
     from qcn_compile.compile import Built, Options
@@ -34,10 +35,12 @@ def parser() -> argparse.ArgumentParser:
                      "taken where the processor has it (default: this host)")
     top.add_argument("-o", "--output", default="build", help="artifact directory (default: build)")
     top.add_argument("--dtype", choices=["fp32", "bf16"], help="dtype of other weights (default: the checkpoint's)")
-    top.add_argument("--quant", default="auto", choices=["auto", "none", "int8", "int4", "fp8", *command.PLANNED],
-                     help="format of the big weights (default: auto); the last three, experts in 4 bits and the rest "
-                     "in fp8, can be planned so far, not built")
+    top.add_argument("--quant", default="auto", metavar="NAME", help="format of the big weights: none, int8, int4, "
+                     "int4-experts (the rest in 8 bits), fp8; nvfp4 and mxfp4 can be planned so far, not built; or one "
+                     "for each class, as in experts=int4,dense=int8,head=none (default: auto, the planner chooses)")
     top.add_argument("--activations", choices=["fp32", "int8"], help="dtype quantised weights are multiplied with")
+    top.add_argument("--calibrate", type=Path, metavar="TEXT", help="a text, or a .jsonl file of lines with a key "
+                     "text, like what the model will read: int4 codes are chosen by what they do to it (GPTQ)")
     top.add_argument("--context-length", type=int, help="longest sequence (default: the model's limit)")
     top.add_argument("--weights", choices=["copied", "late", "dummy"],
                      help="copied into the build (default), bound from the checkpoint by qcn-run --model (late), or "
@@ -87,12 +90,15 @@ def _run(args: argparse.Namespace) -> int:
     tracing = Tracing(args.verify, tuple(filter(None, [args.print_ir_after])), args.dump_dir, args.stop_after)
     options = Options(dtype=args.dtype, quant=args.quant, activations=args.activations, mcpu=args.mcpu,
                       context_length=args.context_length, mtp=args.mtp, weights=args.weights, force=args.force,
-                      tracing=tracing, disabled=tuple(args.disable_pass), plugins=tuple(args.plugin))
+                      calibrate=args.calibrate, tracing=tracing, disabled=tuple(args.disable_pass),
+                      plugins=tuple(args.plugin), **command.wishes(args))
     if args.emit != "build":
         return _emit_onnx(args, options)
     if args.stop_after:
         return _stop_after(args, options)
-    built = compile(args.model, args.target, args.output, options, None if args.json else progress_bars())
+    quiet = args.json
+    built = compile(args.model, args.target, args.output, options, None if quiet else progress_bars(),
+                    None if quiet else lambda verdict: print("\n".join(lines(verdict)), flush=True))
     _tell(args, built, tracing)
     return 0
 
@@ -129,15 +135,16 @@ def summary(built: Built) -> str:
     """What was built and why, in a few lines."""
     manifest, decision = built.manifest, built.decision
     size = sum(entry["bytes"] for entry in manifest.files.values())
-    lines = [built.note] if built.note else []
-    lines += [f"built {built.path}  {manifest.model['name']} for {manifest.target['name']}, {size / 1e6:.1f} MB, "
+    text = [built.note] if built.note else []
+    text += [f"built {built.path}  {manifest.model['name']} for {manifest.target['name']}, {size / 1e6:.1f} MB, "
               f"{sum(built.seconds.values()):.1f} s"]
-    lines += [f"  {key:15} {value:10} {decision.reasons.get(reason, '')}" for key, value, reason in [
+    text += [f"  {key:15} {value:10} {decision.reasons.get(reason, '')}" for key, value, reason in [
         ("dtype", decision.base, "dtype"), ("quantisation", decision.format, "quant"),
-        ("activations", decision.activations, "activations"),
+        *([("calibrated", "GPTQ", "calibrated")] if "calibrated" in decision.reasons else []),
+        ("layout", str(decision.layout), "layout"), ("activations", decision.activations, "activations"),
         ("context", str(decision.context_length), "context_length")]]
-    lines += ["  " + ", ".join(f"{name} {seconds:.1f} s" for name, seconds in built.seconds.items())]
-    return "\n".join([*lines, f"run it: qcn-run {built.path} --prompt 'def fib(n):'"])
+    text += ["  " + ", ".join(f"{name} {seconds:.1f} s" for name, seconds in built.seconds.items())]
+    return "\n".join([*text, f"run it: qcn-run {built.path} --prompt 'def fib(n):'"])
 
 
 def _stop_after(args: argparse.Namespace, options: Options) -> int:

@@ -16,13 +16,14 @@ from typing import Any
 from qcn_compile.artifact import SCHEMA, CacheSpec, Manifest, building, seal, write_json
 from qcn_compile.errors import ModelError, UsageError
 from qcn_compile.frontend import Traced, trace_model
-from qcn_compile.frontend.checkpoint import Located, locate
+from qcn_compile.frontend.checkpoint import Located, load_config, locate
 from qcn_compile.ir.graph import Graph
 from qcn_compile.ir.types import DType
 from qcn_compile.ir.verify import verify
 from qcn_compile.lowering.buckets import buckets_for
+from qcn_compile.lowering.calibrate import Calibrated, calibrate, read_text
 from qcn_compile.lowering.convert import convert, key_of, resumable, take
-from qcn_compile.lowering.decide import Decision, decide
+from qcn_compile.lowering.decide import Decision, decide, plan_for
 from qcn_compile.lowering.late import deferred
 from qcn_compile.lowering.plan import blobs_of, make_plan
 from qcn_compile.lowering.rope import rope_tables
@@ -30,6 +31,8 @@ from qcn_compile.lowering.schedule import Schedule, schedule
 from qcn_compile.lowering.weights import BlobKey, name_blobs, plan_files
 from qcn_compile.passes.base import PassContext
 from qcn_compile.pipeline import Pipeline, Tracing
+from qcn_compile.planning.command import WISHES
+from qcn_compile.planning.verdict import Verdict
 from qcn_compile.plugins import load_plugins
 from qcn_compile.report import write_report
 from qcn_compile.targets.base import Kernel, Target
@@ -42,22 +45,31 @@ Report = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Options:
-    """What a build may be told. None or "auto" leaves the choice to the compiler.
+    """What a build may be told. None or "auto" leaves the choice to the planner.
 
-    dtype: fp32 or bf16, how unquantised weights are stored. quant: none, int8, int4 or fp8, the format of the big ones.
-    activations: fp32 or int8, what quantised weights are multiplied with. context_length: tokens a sequence may have.
-    weights: copied, late or dummy. mcpu: CPU level as LLVM names it. mtp: the draft head too. force: replace an output
-    folder that is no build. disabled: names of passes to leave out. tracing: what to show. pipeline: in place of the
-    standard one, formats included. plugins: Python files.
+    dtype: fp32 or bf16, how unquantised weights are stored. quant: none, int8, int4 or fp8, the format of the big ones,
+    or one for each class. activations: fp32 or int8, what quantised weights are multiplied with. context_length: tokens
+    a sequence may have. calibrate: a text that int4 weights are chosen by. weights: copied, late or dummy. mcpu: CPU
+    level as LLVM names it. mtp: the draft head too. gpus, tp, ep, pp, max_running_requests, memory (GB of a chip),
+    error_budget: as of qcn-compile. force: replace an output folder that is no build. disabled: names of passes to
+    leave out. tracing: what to show. pipeline: in place of the standard one, formats included. plugins: Python files.
     """
 
     dtype: str | None = None
     quant: str = "auto"
     activations: str | None = None
     context_length: int | None = None
+    calibrate: str | Path | None = None
     weights: str | None = None
     mcpu: str | None = None
     mtp: bool = False
+    gpus: int | None = None
+    tp: int | None = None
+    ep: int | None = None
+    pp: int | None = None
+    max_running_requests: int | None = None
+    memory: float | None = None
+    error_budget: float | None = None
     force: bool = False
     disabled: tuple[str, ...] = ()
     tracing: Tracing = field(default_factory=Tracing)
@@ -92,25 +104,32 @@ class Clock:
 
 
 def compile(model: str | Path | None = None, target: str = "cpu", output: str | Path = "build",
-            options: Options | None = None, report: Report | None = None, **changes: Any) -> Built:
+            options: Options | None = None, report: Report | None = None,
+            verdict: Callable[[Verdict], None] | None = None, **changes: Any) -> Built:
     """Build an artifact for `target` from a checkpoint directory, a Hugging Face name, or (None) the bundled model.
 
-    Keyword arguments are fields of `Options`. `report(stage, done, total)` is called as work proceeds.
+    Keyword arguments are fields of `Options`. `report(stage, done, total)` is called as work proceeds,
+    `verdict` with the planner's before any of it.
     Raises a QcnError whose message names the thing, the place and the cure; nothing half-written is left.
     """
     options = options or Options(**changes)
     options = replace(options, tracing=replace(options.tracing, stages={}))
     plugins = load_plugins(options.plugins)
     clock, tell = Clock(), report or (lambda stage, done, total: None)
-    chosen, located, traced, decision = _front(model, target, options, clock, tell)
+    chosen, located, traced, decision = _front(model, target, options, clock, tell, verdict)
     mode = _weights_mode(options, chosen, traced, located)
     context = PassContext(target=target)
     with clock.stage("passes"):
         graphs = [_optimise(graph, decision, context, options) for graph in _entries(traced, options.mtp)]
+    calibrated = Calibrated()
+    if options.calibrate is not None:
+        with clock.stage("calibrate"):
+            calibrated, decision = _calibrate(graphs[0], traced, decision, Path(options.calibrate), tell)
     with clock.stage("schedule"):
         schedules = [schedule(graph, bucket, chosen) for graph in graphs for bucket in buckets_for(chosen.kind)]
     with building(Path(output), options.force) as scratch:
-        manifest, digests = _write(Path(output), scratch, traced, chosen, decision, schedules, mode, clock, tell)
+        manifest, digests = _write(Path(output), scratch, traced, chosen, decision, schedules, mode, calibrated, clock,
+                                   tell)
         write_report(scratch, graphs, context, decision, schedules, options.tracing, str(traced.audit or ""))
         used = {f"plugin {plugin.name}": plugin.sha256 for plugin in plugins}
         manifest = seal(scratch, replace(manifest, tools={**manifest.tools, **used}), digests)
@@ -126,7 +145,7 @@ def optimised(model: str | Path | None, target: str, options: Options) -> Graph:
 
 def optimise(traced: Traced, options: Options) -> Graph:
     """The main graph of a model traced in fp32 after the pipeline, as the CPU gets it."""
-    decision = decide(traced, load_target("cpu", options.mcpu), options.dtype, options.quant, options.activations,
+    decision = decide(traced, load_target("cpu", options.mcpu), None, options.dtype, options.quant, options.activations,
                       options.context_length)
     return _optimise(traced.main, decision, PassContext(), options)
 
@@ -147,17 +166,23 @@ def trace(model: str | Path | Any | None = None, dtype: str = "f32") -> Graph:
     return trace_model(getattr(model, "config", model), DType(dtype)).main
 
 
-def _front(model: str | Path | None, target: str, options: Options, clock: Clock,
-           tell: Report) -> tuple[Target, Located, Traced, Decision]:
+def _front(model: str | Path | None, target: str, options: Options, clock: Clock, tell: Report,
+           announce: Callable[[Verdict], None] | None = None) -> tuple[Target, Located, Traced, Decision]:
     """Target, checkpoint, traced graphs and decisions: everything before the passes."""
     chosen = load_target(target, options.mcpu)
     located = locate(None if model is None else str(model), "cpu" if chosen.kind == "null" else chosen.kind)
+    verdict = plan_for(located.name, load_config(located.config)[1], chosen, options.dtype, options.quant,
+                       options.context_length, options.mcpu, **{name: getattr(options, name) for name in WISHES})
+    if verdict and verdict.chosen.layout.ranks > 1:
+        raise UsageError(f"--tp {verdict.chosen.layout.ranks}: builds are for one GPU or CPU so far; leave --tp out")
+    if verdict and announce:
+        announce(verdict)
     with clock.stage("trace"):
         tell("trace", 0, 1)
         traced = trace_model(located, DType(chosen.dtype))
         tell("trace", 1, 1)
-    return chosen, located, traced, decide(traced, chosen, options.dtype, options.quant, options.activations,
-                                           options.context_length)
+    return chosen, located, traced, decide(traced, chosen, verdict, options.dtype, options.quant,
+                                           options.activations, options.context_length)
 
 
 def _weights_mode(options: Options, target: Target, traced: Traced, located: Located) -> str:
@@ -179,6 +204,17 @@ def _weights_mode(options: Options, target: Target, traced: Traced, located: Loc
     return options.weights or "late"
 
 
+def _calibrate(graph: Graph, traced: Traced, decision: Decision, text: Path, tell: Report
+               ) -> tuple[Calibrated, Decision]:
+    """int4 codes of the main graph's weights by a text, and the decision with what that gave."""
+    if traced.weights is None or traced.path is None:
+        raise UsageError("--calibrate: needs a checkpoint's weights; name one with --model")
+    tell("calibrate", 0, 1)
+    made = calibrate(graph, traced.weights, read_text(text, traced.path))
+    tell("calibrate", 1, 1)
+    return made, replace(decision, reasons={**decision.reasons, "calibrated": str(made)})
+
+
 def _entries(traced: Traced, mtp: bool) -> list[Graph]:
     if mtp and traced.mtp is None:
         raise UsageError("--mtp: this checkpoint has no MTP head (no mtp.* tensors; Qwen3-Coder-Next ships none, "
@@ -190,7 +226,8 @@ def _optimise(graph: Graph, decision: Decision, context: PassContext, options: O
     if options.pipeline is not None:
         pipeline = Pipeline(list(options.pipeline.passes))
     else:
-        pipeline = Pipeline.default(base=decision.base, quant=decision.format, activations=decision.activations)
+        pipeline = Pipeline.default(base=decision.base, activations=decision.activations,
+                                    formats=decision.formats)
     for plugin in load_plugins(options.plugins):
         plugin.configure(pipeline)
     for name in options.disabled:
@@ -201,7 +238,8 @@ def _optimise(graph: Graph, decision: Decision, context: PassContext, options: O
 
 
 def _write(output: Path, build: Path, traced: Traced, target: Target, decision: Decision,
-           schedules: Sequence[Schedule], mode: str, clock: Clock, tell: Report) -> tuple[Manifest, dict[str, str]]:
+           schedules: Sequence[Schedule], mode: str, calibrated: Calibrated, clock: Clock, tell: Report
+           ) -> tuple[Manifest, dict[str, str]]:
     """Kernels, plans, tokenizer and weights; returns the manifest, not yet sealed, and the digests known already."""
     kernels = list(dict.fromkeys(step.call.kernel for s in schedules for step in s.steps))
     names = name_blobs(dict.fromkeys(key for s in schedules for key in blobs_of(s)))
@@ -214,7 +252,7 @@ def _write(output: Path, build: Path, traced: Traced, target: Target, decision: 
         write_json(build / plans[-1], plan.to_json())
     _copy_tokenizer(traced, build / "tokenizer")
     with clock.stage("weights"):  # last: it is the longest, and what it has done survives an interrupt
-        weights, digests = _write_weights(output, build, traced, target, names, mode, tell)
+        weights, digests = _write_weights(output, build, traced, target, names, mode, calibrated, tell)
     weights["rope"] = rope_tables(schedules, names)
     manifest = _manifest(traced, target, decision, schedules, plans, [f"kernels/{n}" for n in libraries],
                          weights, kernels)
@@ -222,13 +260,14 @@ def _write(output: Path, build: Path, traced: Traced, target: Target, decision: 
 
 
 def _write_weights(output: Path, build: Path, traced: Traced, target: Target, names: dict[BlobKey, str], mode: str,
-                   tell: Report) -> tuple[dict[str, Any], dict[str, str]]:
+                   calibrated: Calibrated, tell: Report) -> tuple[dict[str, Any], dict[str, str]]:
     """The weight files, or what stands in for them; returns the manifest's `weights`, and file -> sha256."""
     later, now = deferred(names, target, mode)
     files = plan_files(now, target)
     source, origin = (traced.weights, traced.weights.fingerprint()) if traced.weights else (NoWeights(), "")
-    with resumable(output, key_of(files, target, origin)) as folder:
-        written = convert(files, source, target, folder, lambda done, total: tell("weights", done, total))
+    with resumable(output, key_of(files, target, origin + calibrated.digest)) as folder:
+        written = convert(files, source, target, folder, lambda done, total: tell("weights", done, total),
+                          calibrated.codes)
         digests = take(written, folder, build / "weights")
     found = {f"weights/{name}": digest for name, digest in digests.items()}
     return {"mode": mode, "files": list(found), **later}, found
@@ -255,7 +294,7 @@ def _manifest(traced: Traced, target: Target, decision: Decision, schedules: Seq
     return Manifest(
         schema=SCHEMA, model={"name": traced.name, "config": traced.config},
         target={"name": target.name, "kind": target.kind, **target.describe()},
-        decisions=decision.to_json(), caches=tuple(caches.values()), page_size=PAGE_SIZE,
+        decisions=decision.brief(), caches=tuple(caches.values()), page_size=PAGE_SIZE,
         context_length=decision.context_length, vocab_size=int(logits.shape[-1]),  # type: ignore[arg-type]
         hidden_size=int(traced.main.outputs[1].tensor.shape[-1]),  # type: ignore[arg-type]
         plans=tuple(plans), libraries=tuple(libraries), weights=weights,

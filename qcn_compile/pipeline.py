@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -28,8 +28,11 @@ from qcn_compile.targets.registry import load_target
 
 
 def default_passes(base: str = "f32", quant: str = "none", activations: str = "f32",
-                   shard: Shard | None = None) -> list[Pass]:
-    """The standard order; with `shard`, for one rank of several."""
+                   shard: Shard | None = None, formats: Mapping[str, str] | None = None) -> list[Pass]:
+    """The standard order; with `shard`, for one rank of several; `formats` of experts, dense, head if not `quant`."""
+    own = formats or {}
+    select = SelectQuantization(base, quant, own.get("experts", ""), own.get("dense", ""), own.get("head", ""),
+                                activations=activations)
     return [
         # 1. one spelling: no-ops gone, equal ops shared, weights first
         Canonicalize(),
@@ -45,7 +48,7 @@ def default_passes(base: str = "f32", quant: str = "none", activations: str = "f
         # 3. decide: rows before formats, so that the output projection is seen in its final place
         SelectRows(),
         *([shard] if shard is not None else []),  # whole heads and experts, before formats cut weights into blocks
-        SelectQuantization(base=base, format=quant, group=128 if quant == "fp8" else 32, activations=activations),
+        select,
         MergeLinears(),  # after the formats: only weights stored alike can be one weight
         Canonicalize(),
     ]
@@ -76,14 +79,15 @@ class Pipeline:
 
     @staticmethod
     def default(target: str = "cpu", *, base: str | None = None, quant: str = "none", activations: str = "f32",
-                shard: Shard | None = None) -> Pipeline:
+                shard: Shard | None = None, formats: Mapping[str, str] | None = None) -> Pipeline:
         """The standard pipeline of a target, as --target names it; with `shard`, for one rank of several.
 
         base: f32 or bf16, how unquantised weights are stored (None: the target's own dtype); quant: none, int8, int4 or
-        fp8; activations: f32 or int8. A build decides these by itself when it is given no pipeline.
+        fp8; formats: others for experts, dense or head; activations: f32 or int8. A build decides these by itself when
+        it is given no pipeline.
         Raises UsageError for an unknown target.
         """
-        return Pipeline(default_passes(base or load_target(target).dtype, quant, activations, shard))
+        return Pipeline(default_passes(base or load_target(target).dtype, quant, activations, shard, formats))
 
     def _index(self, name: str) -> int:
         for index, item in enumerate(self.passes):

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, NoReturn
 from qcn_compile.errors import QcnError, UsageError
 from qcn_compile.runtime.checkpoint import Checkpoint, add_checkpoint_flags, find_checkpoint
 from qcn_compile.runtime.prefix.options import add_prefix_flags, prefix_options
+from qcn_compile.runtime.replicas.options import OFF, add_replica_flags
+from qcn_compile.runtime.replicas.options import check as check_replicas
 from qcn_compile.runtime.server.flags import add_server_flags, cache_budget
 from qcn_compile.runtime.server.sglang import add_sglang_flags, check_sglang_flags
 from qcn_compile.runtime.speculation.options import add_speculation_flags, speculation_options
@@ -79,6 +81,7 @@ def parser() -> argparse.ArgumentParser:
     add_prefix_flags(p)
     add_speculation_flags(p)
     add_server_flags(p)
+    add_replica_flags(p)
     add_checkpoint_flags(p)
     add_sglang_flags(p)
     o = p.add_argument_group("output")
@@ -99,7 +102,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point. Returns the exit code: 0, the error's own, 130 for Ctrl-C, 141 when the reader went away."""
     started = time.perf_counter()
     try:
-        return _run(parser().parse_args(argv), started)
+        words = list(sys.argv[1:] if argv is None else argv)
+        return _run(parser().parse_args(words), words, started)
     except QcnError as error:
         print(f"qcn-run: {error}", file=sys.stderr)
         return error.exit_code
@@ -111,9 +115,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return BROKEN_PIPE
 
 
-def _run(arguments: argparse.Namespace, started: float) -> int:
+def _run(arguments: argparse.Namespace, argv: Sequence[str], started: float) -> int:
     check_sglang_flags(arguments)
+    check_replicas(arguments)
     checkpoint = find_checkpoint(arguments)
+    if arguments.ray != OFF:
+        from qcn_compile.runtime.replicas.launch import serve as serve_replicas
+
+        if checkpoint is not None:
+            checkpoint.compile()
+        return serve_replicas(arguments, argv)
     if arguments.port is not None:
         from qcn_compile.runtime.server.launch import serve
 

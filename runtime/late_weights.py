@@ -1,150 +1,183 @@
 """Late-bound weights: a build's recipes evaluated over a checkpoint with NumPy alone, packed as the kernels want them.
 
+A weight is made expert by expert, a matrix some rows at a time: memory holds a few pieces, whatever the model's size.
 A tensor stays in the form it is stored in (bf16 bits, or e4m3 codes with block scales) as long as steps only move rows,
 so that a bf16 or FP8 checkpoint is copied, not converted, into kernels of the same format.
 """
 
 from __future__ import annotations
 
-import json
-import mmap
-import struct
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from math import prod
+from os import cpu_count
 from typing import Any
 
 import numpy as np
 
 from qcn_compile.errors import ArtifactError, ModelError
+from qcn_compile.runtime.late_checkpoint import BLOCK, Checkpoint, Tensor, concat, spread
 
-BLOCK = 128
-SCALES = "_scale_inv"
-STORED = {"BF16": np.uint16, "F32": np.float32, "F16": np.float16, "F8_E4M3": np.uint8}
-ALIGNMENT = 64
-
-
-@dataclass(frozen=True)
-class Tensor:
-    """`kind` f32, bf16 (bits, u16) or fp8 (codes, u8, with f32 scales of 128 x 128 blocks)."""
-
-    kind: str
-    data: np.ndarray
-    scales: np.ndarray | None = None
-
-    def wide(self) -> np.ndarray:
-        """The values in f32."""
-        if self.kind == "bf16":
-            return (self.data.astype(np.uint32) << 16).view(np.float32)
-        if self.scales is not None:
-            return values()[self.data] * spread(self.scales, self.data.shape)
-        return self.data.astype(np.float32, copy=False)
+PIECE = 1 << 20  # elements of a matrix made at a time, as when weights are copied
+AHEAD = 2  # pieces in the making for each core
+Piece = tuple[str, int, np.ndarray]
 
 
-class Checkpoint:
-    """The tensors of a folder of safetensors files, mapped. Raises ModelError naming what is missing."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        files = sorted(folder.glob("*.safetensors"))
-        if not files:
-            raise ModelError(f"{folder} holds no *.safetensors files; give the directory of the checkpoint to --model")
-        self._rows: dict[str, tuple[np.ndarray, dict[str, Any]]] = {}
-        for file in files:
-            self._add(file)
-
-    def _add(self, file: Path) -> None:
-        with file.open("rb") as handle:
-            data = np.frombuffer(mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
-        length = struct.unpack("<Q", data[:8].tobytes())[0] if len(data) >= 8 else len(data)
-        try:
-            header = json.loads(data[8:8 + length].tobytes())
-        except ValueError as error:
-            raise ModelError(f"{file} is damaged ({error}); download it again") from None
-        header.pop("__metadata__", None)
-        self._rows |= {name: (data[8 + length:], row) for name, row in header.items()}
-
-    def has(self, name: str) -> bool:
-        return name in self._rows
-
-    def read(self, name: str) -> Tensor:
-        """One tensor as stored."""
-        if name not in self._rows:
-            raise ModelError(f"{self.folder} has no tensor {name}; the build was made for another model: "
-                             "build again with --model naming this checkpoint")
-        data, row = self._rows[name]
-        if row["dtype"] not in STORED:
-            raise ModelError(f"{self.folder}: {name} is stored in {row['dtype']}; known are {', '.join(STORED)}")
-        first, last = row["data_offsets"]
-        array = data[first:last].view(STORED[row["dtype"]]).reshape(row["shape"])
-        if row["dtype"] == "F8_E4M3":
-            scales = self.read(name + SCALES)
-            return Tensor("fp8", array, scales.wide())
-        return Tensor("bf16" if row["dtype"] == "BF16" else "f32", array)
-
-
-def bound(recipe: dict[str, Any], checkpoint: Checkpoint) -> dict[str, np.ndarray]:
-    """Part name -> bytes of one blob."""
-    made: list[Tensor] = []
-    for step in recipe["steps"]:
-        made.append(_weight(step, checkpoint) if step["op"] == "weight"
-                    else _STEPS[step["op"]](step, [made[i] for i in step["args"]]))
-    return pack(recipe["layout"], recipe["format"], made[-1])
-
-
-def _weight(step: dict[str, Any], checkpoint: Checkpoint) -> Tensor:
-    """A parameter, or a stack of the experts' tensors when the checkpoint keeps them apart."""
-    name, shape = step["name"], step["shape"]
-    if checkpoint.has(name) or not step.get("merged"):
-        found = checkpoint.read(name)
+def pieces(recipe: dict[str, Any], checkpoint: Checkpoint) -> Iterator[Piece]:
+    """(part, offset in it, bytes u8) of one blob, in order; padding at the end of a part is left out."""
+    whole = Rows(recipe["steps"], checkpoint)
+    shape = whole.shapes[-1]
+    if len(shape) == 3:
+        step = 1
+    elif len(shape) == 2 and recipe["layout"] == "matrix":
+        step = max(PIECE // shape[1] // BLOCK, 1) * BLOCK
     else:
-        experts = [[checkpoint.read(pattern.replace("*", str(e))) for pattern in step["merged"]]
-                   for e in range(shape[0])]
-        found = stacked([concat(parts, 0) for parts in experts])
-    if list(found.data.shape) != list(shape):
-        raise ModelError(f"{checkpoint.folder}: {name} has shape {list(found.data.shape)}, the build expects {shape}: "
-                         "another model than it was built for")
+        step = max(shape[0], 1)
+    at: dict[str, int] = {}
+
+    def make(start: int) -> dict[str, np.ndarray]:
+        return pack(recipe["layout"], recipe["format"], whole.get(start, min(start + step, shape[0])))
+
+    for made in _ahead(make, range(0, max(shape[0], 1), step)):
+        for part, data in made.items():
+            yield part, at.get(part, 0), data
+            at[part] = at.get(part, 0) + data.nbytes
+
+
+def _ahead(make: Callable[[int], dict[str, np.ndarray]], starts: range) -> Iterator[dict[str, np.ndarray]]:
+    """`make` of each, in order, on all cores (NumPy works outside the interpreter's lock), a few at a time."""
+    cores = cpu_count() or 1
+    if len(starts) == 1:
+        yield make(starts[0])
+        return
+    with ThreadPoolExecutor(cores) as pool:
+        waiting: deque[Future[dict[str, np.ndarray]]] = deque()
+        for start in starts:
+            waiting.append(pool.submit(make, start))
+            if len(waiting) >= AHEAD * cores:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+class Rows:
+    """Rows of the last step of a recipe. What cannot be made by rows is small, and made whole."""
+
+    def __init__(self, steps: list[dict[str, Any]], checkpoint: Checkpoint) -> None:
+        self._steps, self._checkpoint = steps, checkpoint
+        self.shapes: list[tuple[int, ...]] = []
+        for step in steps:
+            self.shapes.append(_shape(step, [self.shapes[i] for i in step["args"]]))
+
+    def get(self, start: int, stop: int) -> Tensor:
+        return self._rows(len(self._steps) - 1, start, stop)
+
+    def _rows(self, index: int, start: int, stop: int) -> Tensor:
+        step, args = self._steps[index], self._steps[index]["args"]
+        name = step["op"]
+        if name == "weight":
+            return self._weight(step, start, stop)
+        if name == "concat" and step["axis"] == 0:
+            return self._concat(args, start, stop)
+        if name == "take_rows":
+            return concat([self._rows(args[0], *run) for run in runs(step["runs"], start, stop)], 0)
+        if name == "slice" and step["axis"] == 0:
+            return self._rows(args[0], step["start"] + start, step["start"] + stop)
+        if name == "reshape":
+            return self._reshape(index, start, stop)
+        if name == "transpose" and 0 in (step["a"], step["b"]):
+            return _transpose(step, [self._whole(args[0])]).rows(start, stop)
+        return _STEPS[name](step, [self._rows(i, start, stop) for i in args])
+
+    def _whole(self, index: int) -> Tensor:
+        return self._rows(index, 0, self.shapes[index][0] if self.shapes[index] else 1)
+
+    def _concat(self, args: list[int], start: int, stop: int) -> Tensor:
+        parts, at = [], 0
+        for index in args:
+            size = self.shapes[index][0]
+            first, last = max(start - at, 0), min(stop - at, size)
+            if first < last:
+                parts.append(self._rows(index, first, last))
+            at += size
+        return concat(parts, 0)
+
+    def _reshape(self, index: int, start: int, stop: int) -> Tensor:
+        """By rows where a row of the result is some whole rows of the operand."""
+        source, shape = self._steps[index]["args"][0], self.shapes[index]
+        wide, narrow = prod(shape[1:]), prod(self.shapes[source][1:])
+        if wide % narrow:
+            return _reshape(shape, self._whole(source)).rows(start, stop)
+        factor = wide // narrow
+        return _reshape((stop - start, *shape[1:]), self._rows(source, start * factor, stop * factor))
+
+    def _weight(self, step: dict[str, Any], start: int, stop: int) -> Tensor:
+        """Rows of a parameter, or experts of a stack when the checkpoint keeps them apart."""
+        name, shape, checkpoint = step["name"], step["shape"], self._checkpoint
+        if checkpoint.has(name) or not step.get("merged"):
+            if list(checkpoint.place(name).shape) != list(shape):
+                self._mismatch(name, checkpoint.place(name).shape, shape)
+            return checkpoint.read(name, start, stop)
+        experts = []
+        for expert in range(start, stop):
+            made = concat([checkpoint.read(pattern.replace("*", str(expert))) for pattern in step["merged"]], 0)
+            if list(made.data.shape) != list(shape[1:]):
+                self._mismatch(f"expert {expert} of {name}", made.data.shape, shape[1:])
+            experts.append(Tensor(made.kind, made.data[None], None if made.scales is None else made.scales[None]))
+        return concat(experts, 0)
+
+    def _mismatch(self, name: str, found: tuple[int, ...], wanted: list[int]) -> None:
+        raise ModelError(f"{self._checkpoint.folder}: {name} has shape {list(found)}, the build expects "
+                         f"{list(wanted)}: another model than it was built for")
+
+
+def _shape(step: dict[str, Any], args: list[tuple[int, ...]]) -> tuple[int, ...]:
+    name = step["op"]
+    if name in ("weight", "reshape"):
+        return tuple(step["shape"])
+    shape = list(args[0])
+    if name == "concat":
+        shape[step["axis"]] = sum(arg[step["axis"]] for arg in args)
+    elif name == "take_rows":
+        shape[0] = sum(count for _, count in step["runs"])
+    elif name == "slice":
+        shape[step["axis"]] = step["stop"] - step["start"]
+    elif name == "transpose":
+        a, b = step["a"], step["b"]
+        shape[a], shape[b] = shape[b], shape[a]
+    return tuple(shape)
+
+
+def runs(table: list[list[int]], start: int, stop: int) -> list[tuple[int, int]]:
+    """Where rows start..stop of a take_rows come from, as (first, last) of its operand."""
+    found, at = [], 0
+    for first, count in table:
+        low, high = max(start - at, 0), min(stop - at, count)
+        if low < high:
+            found.append((first + low, first + high))
+        at += count
     return found
 
 
-def stacked(parts: Sequence[Tensor]) -> Tensor:
-    """Equal tensors along a new first axis."""
-    return concat([Tensor(p.kind, p.data[None], None if p.scales is None else p.scales[None]) for p in parts], 0)
-
-
-def concat(parts: Sequence[Tensor], axis: int) -> Tensor:
-    """One after another; in f32 when kinds differ or a part ends inside a block of scales."""
-    whole = all(p.data.ndim > 2 or p.data.shape[axis] % BLOCK == 0 for p in parts[:-1])
-    if len({p.kind for p in parts}) > 1 or (parts[0].scales is not None and not whole):
-        return Tensor("f32", np.concatenate([p.wide() for p in parts], axis))
-    scales = None if parts[0].scales is None else np.concatenate([p.scales for p in parts], axis)
-    return Tensor(parts[0].kind, np.concatenate([p.data for p in parts], axis), scales)
-
-
-def _take_rows(step: dict[str, Any], args: list[Tensor]) -> Tensor:
-    x, runs = args[0], step["runs"]
-    rows = np.concatenate([np.arange(start, start + count) for start, count in runs])
-    if x.scales is None:
-        return Tensor(x.kind, x.data[rows])
-    if all(start % BLOCK == 0 and count % BLOCK == 0 for start, count in runs):
-        return Tensor(x.kind, x.data[rows], x.scales[rows[::BLOCK] // BLOCK])
-    return Tensor("f32", x.wide()[rows])
-
-
-def _reshape(step: dict[str, Any], args: list[Tensor]) -> Tensor:
-    x, shape = args[0], step["shape"]
+def _reshape(shape: tuple[int, ...], x: Tensor) -> Tensor:
     if x.scales is None:
         return Tensor(x.kind, x.data.reshape(shape))
-    if list(shape[-2:]) == list(x.data.shape[-2:]):
+    if shape[-2:] == x.data.shape[-2:]:
         return Tensor(x.kind, x.data.reshape(shape), x.scales.reshape(*shape[:-2], *x.scales.shape[-2:]))
     return Tensor("f32", x.wide().reshape(shape))
 
 
 def _slice(step: dict[str, Any], args: list[Tensor]) -> Tensor:
-    x, at = args[0], [slice(None)] * args[0].data.ndim
-    at[step["axis"]] = slice(step["start"], step["stop"])
-    return Tensor(x.kind, x.data[tuple(at)]) if x.scales is None else Tensor("f32", x.wide()[tuple(at)])
+    """Of an inner axis; codes stay codes where whole blocks are taken."""
+    x, axis, start, stop = args[0], step["axis"], step["start"], step["stop"]
+    at = (slice(None),) * axis
+    if x.scales is None:
+        return Tensor(x.kind, x.data[(*at, slice(start, stop))])
+    if start % BLOCK or (stop % BLOCK and stop != x.data.shape[axis]):
+        return Tensor("f32", x.wide()[(*at, slice(start, stop))])
+    return Tensor(x.kind, x.data[(*at, slice(start, stop))],
+                  x.scales[(*at, slice(start // BLOCK, -(-stop // BLOCK)))])
 
 
 def _transpose(step: dict[str, Any], args: list[Tensor]) -> Tensor:
@@ -164,8 +197,7 @@ def _pointwise(compute: Callable[[np.ndarray, dict[str, Any]], np.ndarray]) -> C
 
 
 _STEPS: dict[str, Callable[[dict[str, Any], list[Tensor]], Tensor]] = {
-    "concat": lambda step, args: concat(args, step["axis"]), "take_rows": _take_rows, "reshape": _reshape,
-    "slice": _slice, "transpose": _transpose, "cast": _cast,
+    "concat": lambda step, args: concat(args, step["axis"]), "slice": _slice, "transpose": _transpose, "cast": _cast,
     "add_scalar": _pointwise(lambda x, step: x + np.float32(step["value"])),
     "mul_scalar": _pointwise(lambda x, step: x * np.float32(step["value"])),
     "neg": _pointwise(lambda x, step: -x), "exp": _pointwise(lambda x, step: np.exp(x)),
@@ -173,28 +205,24 @@ _STEPS: dict[str, Callable[[dict[str, Any], list[Tensor]], Tensor]] = {
 
 
 def pack(layout: str, format_: str, x: Tensor) -> dict[str, np.ndarray]:
-    """Part name -> flat array, as the GPU target packs it (targets/triton/packing.py)."""
+    """Part name -> bytes u8, as the GPU target packs it (targets/triton/packing.py)."""
     if layout == "vector":
-        return {"w": flat(x.wide())}
+        return {"w": _flat(x.wide())}
     if layout == "channels":
-        return {"w": flat(x.wide().T)}
+        return {"w": _flat(x.wide().T)}
     if layout != "matrix" or format_ not in ("bf16", "fp8"):
         raise ArtifactError(f"this qcn-run cannot pack weights as {layout} in {format_}; build again with qcn-compile")
     if format_ == "bf16":
-        return {"w": flat(x.data if x.kind == "bf16" else to_bf16(x.wide()))}
+        return {"w": _flat(x.data if x.kind == "bf16" else to_bf16(x.wide()))}
     if x.scales is not None:
-        return {"w": flat(x.data), "s": flat(x.scales)}
-    matrices = x.data if x.data.ndim > 2 else x.data[None]
-    with ThreadPoolExecutor() as pool:  # NumPy works outside the interpreter's lock
-        done = list(pool.map(lambda m: quantize(Tensor(x.kind, m).wide()), matrices))
-    return {"w": flat(np.stack([codes for codes, _ in done])), "s": flat(np.stack([scales for _, scales in done]))}
+        return {"w": _flat(x.data), "s": _flat(x.scales)}
+    wide = x.wide()
+    done = [quantize(matrix) for matrix in (wide if wide.ndim > 2 else wide[None])]
+    return {"w": _flat(np.stack([codes for codes, _ in done])), "s": _flat(np.stack([scales for _, scales in done]))}
 
 
-def flat(data: np.ndarray) -> np.ndarray:
-    """1-D bytes, a multiple of 64."""
-    line = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
-    lack = -line.nbytes % ALIGNMENT
-    return line if lack == 0 else np.concatenate([line, np.zeros(lack, np.uint8)])
+def _flat(data: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(data).reshape(-1).view(np.uint8)
 
 
 def to_bf16(w: np.ndarray) -> np.ndarray:
@@ -215,17 +243,3 @@ def quantize(w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     steps = np.rint(np.ldexp(size, 3 - exponent)).astype(np.int32)
     codes = np.minimum(np.where(steps > 0, (exponent + 6) * 8 + steps, 0), 0x7E)
     return (codes | np.where(np.signbit(x), 0x80, 0)).astype(np.uint8), scales
-
-
-def spread(scales: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Every element's scale, [..., N, K]."""
-    return scales.repeat(BLOCK, -2)[..., :shape[-2], :].repeat(BLOCK, -1)[..., :shape[-1]]
-
-
-def values() -> np.ndarray:
-    """The f32 value of every e4m3 code."""
-    codes = np.arange(256)
-    exponent, fraction = (codes >> 3) & 15, codes & 7
-    size = np.where(exponent > 0, np.ldexp(8.0 + fraction, exponent - 10), np.ldexp(1.0 * fraction, -9))
-    size = np.where((codes & 0x7F) == 0x7F, np.nan, size)
-    return np.where(codes & 0x80, -size, size).astype(np.float32)

@@ -67,6 +67,9 @@ def load(build: str | PathLike[str], *, context_length: int | None = None, max_r
         prefix = None if prefix is None else replace(prefix, overrides=overrides)
     device: CpuDevice | CudaDevice
     executable: Executable | CudaExecutable
+    if manifest.target.get("vendor") == "amd":
+        raise ArtifactError(f"{path} was built for {manifest.target['name']}: kernels for AMD cards are compiled, but "
+                            "this qcn-run launches on NVIDIA cards and CPUs only; build for one of those")
     if manifest.target.get("kind") == "gpu":
         checkpoint = None if model is None else Path(model)
         device, executable, memory = open_cuda(path, manifest, context_length, max_running_requests, cache_memory,

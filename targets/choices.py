@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from qcn_compile.errors import UsageError
 
-QUANTS = {"cpu": ("none", "int8", "int4"), "null": ("none", "int8", "int4"), "gpu": ("none", "fp8")}
+_CPU = ("none", "int8", "int4-experts", "int4")
+QUANTS = {"cpu": _CPU, "null": _CPU, "gpu": ("none", "fp8")}
 DTYPES = {"fp32": "f32", "bf16": "bf16"}
 
 
@@ -14,7 +15,7 @@ def check_choices(kind: str, name: str, dtype: str | None, quant: str, activatio
         raise UsageError(f"--dtype {dtype}: choose {' or '.join(DTYPES)}")
     if kind == "gpu" and dtype == "fp32":
         raise UsageError("--dtype fp32: GPU kernels read bf16 and fp8 weights; leave --dtype out")
-    if quant not in ("auto", *QUANTS[kind]):
+    if quant not in ("auto", *QUANTS[kind]) and "=" not in quant:  # a format for each class is the planner's to read
         raise UsageError(f"--quant {quant}: the {name} target has {', '.join(QUANTS[kind])} or auto"
                          + (" (fp8 is a GPU format)" if quant == "fp8" else ""))
     if kind == "gpu" and activations:

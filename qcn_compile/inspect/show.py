@@ -111,7 +111,10 @@ def decisions(data: dict[str, Any]) -> Iterator[str]:
     """What was chosen and why, and what was left alone and why."""
     for key, value in data["chosen"].items():
         reason = data["reasons"].get({"base": "dtype", "format": "quant"}.get(key, key), "")
-        yield f"{key:15} {value!s:10} {reason}"
+        text = " ".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
+        yield f"{key:15} {text:10} {reason}"
+    for row in data["candidates"]:
+        yield f"not chosen: {row['what']}: {row['reason']}"
     for row in data["weights"]:
         names = row["weights"]
         yield f"{row['format']:5} {len(names):4} weights ({row['reason']}): {', '.join(names[:3])}" + (

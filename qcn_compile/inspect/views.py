@@ -13,6 +13,7 @@ from qcn_compile.runtime.cuda.footprint import RESERVE, footprint
 from qcn_compile.runtime.memory import plan_memory
 
 LAYER = re.compile(r"layers\.(\d+)(?:\.|$)")
+PLANNER = ("rejected", "verdict")  # of a decision: what the planner looked at beside what it chose
 SELECTS = ("select-", "keep-")  # passes that choose formats; their events are decisions, not fusions
 
 
@@ -88,7 +89,8 @@ def decisions(build: Build) -> dict[str, Any]:
             stored[key]["weights"].append(event["value"])
         elif event["reason"]:
             left.append(event)
-    return {"chosen": {k: v for k, v in chosen.items() if k != "reasons"}, "reasons": chosen["reasons"],
+    return {"chosen": {k: v for k, v in chosen.items() if k not in ("reasons", *PLANNER)},
+            "reasons": chosen["reasons"], "candidates": chosen["rejected"], "verdict": chosen["verdict"],
             "weights": list(stored.values()), "rejected": left}
 
 
@@ -135,11 +137,12 @@ def targets() -> list[dict[str, Any]]:
 def diff(a: Build, b: Build) -> dict[str, Any]:
     """What differs between two builds: decisions, ops, passes, plans, kernels, sizes, tools."""
     old, new = summary(a), summary(b)
+    decided = [_flat({k: v for k, v in side["decision"].items() if k not in PLANNER}) for side in (old, new)]
     plans = {p["plan"]: p for p in old["plans"]}, {p["plan"]: p for p in new["plans"]}
     kernels = [{x.kernel for plan in build.plans for x in plan.launches} for build in (a, b)]
     graphs = {name: _changes(a.report["ops"].get(name, {}), b.report["ops"].get(name, {}))
               for name in {**a.report["ops"], **b.report["ops"]}}
-    changed = {"decision": _changes(_flat(old["decision"]), _flat(new["decision"])), "bytes": _changes(
+    changed = {"decision": _changes(*decided), "bytes": _changes(
         old["bytes"], new["bytes"]), "tools": _changes(old["tools"], new["tools"]),
         "target": _changes(_flat(old["target"]), _flat(new["target"])),
         "passes": _changes(_counts(a), _counts(b)),

@@ -24,6 +24,7 @@ from qcn_compile import settings
 from qcn_compile.artifact import file_sha256
 from qcn_compile.errors import ArtifactError
 from qcn_compile.ir.graph import Op, Value
+from qcn_compile.ir.pieces import Piece
 from qcn_compile.lowering.rows import Rows, Source
 from qcn_compile.lowering.weights import BlobKey, WeightFile, cuts, pack_piece, part_bytes
 from qcn_compile.targets.base import Target
@@ -43,8 +44,8 @@ class Written:
 
 
 def convert(files: list[WeightFile], source: Source, target: Target, folder: Path,
-            report: Report | None = None) -> Written:
-    """Write the files that `folder` does not hold yet. `report(done, total)` counts bytes.
+            report: Report | None = None, known: Mapping[Value, Piece] | None = None) -> Written:
+    """Write the files that `folder` does not hold yet. `report(done, total)` counts bytes. `known`: as of `Rows`.
 
     Raises ArtifactError when the disk cannot hold them, before anything is written.
     """
@@ -61,7 +62,7 @@ def convert(files: list[WeightFile], source: Source, target: Target, folder: Pat
         for file in files:
             if file.name in done:
                 continue
-            _write(file, folder, source, target, pool, jobs * IN_FLIGHT, progress)
+            _write(file, folder, lambda value: Rows(value, source, known), target, pool, jobs * IN_FLIGHT, progress)
             closing.append((file.name, closer.submit(_finish, folder, file.name)))
             if len(closing) > WAITING:
                 closing[-WAITING - 1][1].result()
@@ -95,8 +96,8 @@ def _check_space(folder: Path, nbytes: int) -> None:
                             "folder with -o")
 
 
-def _write(file: WeightFile, folder: Path, source: Source, target: Target, pool: ThreadPoolExecutor, ahead: int,
-           progress: _Progress) -> None:
+def _write(file: WeightFile, folder: Path, rows_of: Callable[[Value], Rows], target: Target,
+           pool: ThreadPoolExecutor, ahead: int, progress: _Progress) -> None:
     """All pieces of a file into NAME.part, in any order, no more than `ahead` of them at a time."""
     pending: list[Future[int]] = []
     with (folder / f"{file.name}.part").open("wb") as handle:
@@ -104,7 +105,7 @@ def _write(file: WeightFile, folder: Path, source: Source, target: Target, pool:
         os.pwrite(handle.fileno(), file.header, 0)
         try:
             for key in file.keys:
-                rows = Rows(key.value, source)
+                rows = rows_of(key.value)
                 for cut in cuts(key, target):
                     pending.append(pool.submit(_piece, handle.fileno(), file, key, rows, cut, target))
                     if len(pending) >= ahead:

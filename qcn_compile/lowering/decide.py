@@ -1,24 +1,39 @@
-"""decide: weight format, activations and context length for a target, each with its reason."""
+"""decide: formats, layout, activations and context length of a build, each with its reason.
+
+The planner decides (`qcn_compile/planning`): what was asked for narrows its choice, what cannot be ends the build here.
+For a model or target that it knows nothing of, small rules stand in.
+"""
 
 from __future__ import annotations
 
-import os
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
+from qcn_compile.errors import UsageError
 from qcn_compile.flags import check_context
 from qcn_compile.frontend import Traced
 from qcn_compile.ir.encoding import Encoding
 from qcn_compile.ir.graph import Graph
 from qcn_compile.lowering.schedule import stored_fraction
+from qcn_compile.planning.choose import SMALL
+from qcn_compile.planning.command import ask_of
+from qcn_compile.planning.formats import scheme_of
+from qcn_compile.planning.shape import NEXT
+from qcn_compile.planning.verdict import Verdict, decide_plan
 from qcn_compile.targets.base import Target
 from qcn_compile.targets.choices import DTYPES, check_choices
-
-SMALL = 256 << 20  # below this many bytes of bf16 weights, quantisation saves nothing a user would notice
+from qcn_compile.targets.layout import Layout
+from qcn_compile.targets.spec import chip_of
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What was chosen, and why. Bytes count all weights of the main graph at the chosen format."""
+    """What was chosen, and why. Bytes count all weights of the main graph at the chosen format.
+
+    format: the scheme as --quant names it; formats: what it stores each class of weights in. rejected: every candidate
+    that was not taken, with the reason. verdict: what the planner predicts, {} for what it knows nothing of.
+    """
 
     base: str
     format: str
@@ -26,27 +41,64 @@ class Decision:
     context_length: int
     weight_bytes: int
     reasons: dict[str, str]
+    formats: dict[str, str]
+    layout: Layout
+    rejected: tuple[dict[str, str], ...] = ()
+    verdict: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, object]:
+        """All of it, as the report holds it."""
         return asdict(self)
 
+    def brief(self) -> dict[str, object]:
+        """What was chosen, as the manifest holds it."""
+        return {key: value for key, value in asdict(self).items() if key not in ("rejected", "verdict")}
 
-def decide(traced: Traced, target: Target, dtype: str | None, quant: str, activations: str | None,
-           context_length: int | None) -> Decision:
-    """Resolve the user's wishes. Raises UsageError naming what is impossible, with the number that breaks it."""
-    check_choices(target.kind, target.name, dtype, quant, activations)
+
+def plan_for(name: str, config: Mapping[str, Any], target: Target, dtype: str | None, quant: str,
+             context_length: int | None, mcpu: str | None = None, **wishes: Any) -> Verdict | None:
+    """The planner's verdict on a build; None for a model or target that it knows nothing of.
+
+    Raises UsageError naming what is impossible, with the number that breaks it.
+    """
+    check_choices(target.kind, target.name, dtype, "auto", None)
+    check_context(context_length, int(config.get("max_position_embeddings", 32768)))
+    if target.kind == "null" or config.get("model_type") not in NEXT:
+        return None
+    chip = chip_of(target.name, mcpu)
+    base, _ = _base(config, target, dtype)
+    verdict = decide_plan(ask_of(name, dict(config), chip, quant, base, context_length, **wishes))
+    verdict.require()
+    if verdict.planned:
+        raise UsageError(f"{name} fits {chip.name} as {verdict.chosen.title}, but no kernels are written for that yet"
+                         + "".join(f"; what can be built: {a['title']}" for a in verdict.alternatives
+                                   if not a["planned_only"])[:400])
+    return verdict
+
+
+def decide(traced: Traced, target: Target, verdict: Verdict | None, dtype: str | None, quant: str,
+           activations: str | None, context_length: int | None) -> Decision:
+    """What a build does, by the verdict where there is one. Raises UsageError naming what is impossible."""
     reasons: dict[str, str] = {}
     elements = _elements(traced.main)
-    base = _base(traced, target, dtype, reasons)
-    format_ = _format(quant, elements, target, reasons)
-    check_choices(target.kind, target.name, dtype, format_, activations)
-    acts = _activations(activations, format_, target, reasons)
+    base, reasons["dtype"] = _base(traced.config, target, dtype)
+    if verdict is None:
+        name, reasons["quant"] = _format(quant, elements, target)
+        scheme, data = scheme_of(name, "gpu" if target.kind == "gpu" else "cpu", base), {}
+        reasons["layout"] = "the planner knows nothing of this model or target"
+    else:
+        scheme, data = verdict.chosen.scheme, verdict.to_json()
+        reasons |= {"quant": verdict.reasons["quant"], "layout": verdict.reasons["layout"]}
+    acts = _activations(activations, scheme.formats, target, reasons)
     longest = int(traced.config.get("max_position_embeddings", 32768))
-    check_context(context_length, longest)
     reasons["context_length"] = "asked for" if context_length else "the model's own limit"
-    kept = base if format_ == "none" else format_
-    size = int(elements * 4 * stored_fraction(Encoding(kept)))
-    return Decision(base, format_, acts, context_length or longest, size, reasons)
+    if verdict is not None and verdict.context < (context_length or longest):
+        reasons["context_length"] += f"; {verdict.context:,} tokens fit beside {verdict.ask.slots} states"
+    size = int(elements * 4 * stored_fraction(Encoding(scheme.experts)))
+    return Decision(base, scheme.name, acts, context_length or longest,
+                    data["memory"]["weights"] * verdict.chosen.layout.ranks if verdict else size, reasons,
+                    {kind: scheme.format_of(kind) for kind in ("experts", "dense", "head")},
+                    verdict.chosen.layout if verdict else Layout(), tuple(data.pop("rejected", ())), data)
 
 
 def _elements(graph: Graph) -> int:
@@ -57,43 +109,38 @@ def _elements(graph: Graph) -> int:
     return total
 
 
-def _base(traced: Traced, target: Target, dtype: str | None, reasons: dict[str, str]) -> str:
+def _base(config: Mapping[str, Any], target: Target, dtype: str | None) -> tuple[str, str]:
+    """(f32 or bf16, why)."""
     if target.kind == "gpu":
-        reasons["dtype"] = "GPU kernels compute on bf16"
-        return "bf16"
+        return "bf16", "GPU kernels compute on bf16"
     if dtype:
-        reasons["dtype"] = "asked for with --dtype"
-        return DTYPES[dtype]
-    stored = str(traced.config.get("dtype") or traced.config.get("torch_dtype") or "float32")
-    base = "bf16" if "bfloat16" in stored else "f32"
-    reasons["dtype"] = f"the checkpoint is stored in {stored}"
-    return base
+        return DTYPES[dtype], "asked for with --dtype"
+    stored = str(config.get("dtype") or config.get("torch_dtype") or "float32")
+    return "bf16" if "bfloat16" in stored else "f32", f"the checkpoint is stored in {stored}"
 
 
-def _format(quant: str, elements: int, target: Target, reasons: dict[str, str]) -> str:
+def _format(quant: str, elements: int, target: Target) -> tuple[str, str]:
+    """(scheme, why) without a planner: few bits for big models."""
     if quant != "auto":
-        reasons["quant"] = "asked for with --quant"
-        return quant
+        known = ("bf16", "fp8") if target.kind == "gpu" else ("f32", "bf16", "int8", "int4")
+        if not set(scheme_of(quant, "gpu" if target.kind == "gpu" else "cpu").formats) <= set(known):
+            raise UsageError(f"--quant {quant}: no kernels are written for it; {target.name} reads {', '.join(known)}")
+        return quant, "asked for with --quant"
     if 2 * elements <= SMALL:
-        reasons["quant"] = f"{2 * elements / 1e6:.1f} MB in bf16 is small: nothing to gain from fewer bits"
-        return "none"
-    if target.kind == "gpu":
-        reasons["quant"] = (f"decode reads every active weight once a token, so bytes are time: "
-                            f"{elements / 1e9:.1f} GB at fp8 against {elements * 2 / 1e9:.1f} GB in bf16")
-        return "fp8"
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    reasons["quant"] = (f"decode reads every active weight once a token, so bytes are time: "
-                        f"{elements * 4.5 / 8 / 1e9:.1f} GB at int4 against {elements * 2 / 1e9:.1f} GB in bf16 "
-                        f"(this machine has {memory / 1e9:.0f} GB)")
-    return "int4"
+        return "none", f"{2 * elements / 1e6:.1f} MB in bf16 is small: nothing to gain from fewer bits"
+    name, bits = ("fp8", 8.0) if target.kind == "gpu" else ("int4", 4.5)
+    return name, (f"decode reads every active weight once a token, so bytes are time: {elements * bits / 8 / 1e9:.1f} "
+                  f"GB at {name} against {elements * 2 / 1e9:.1f} GB in bf16")
 
 
-def _activations(asked: str | None, format_: str, target: Target, reasons: dict[str, str]) -> str:
+def _activations(asked: str | None, formats: tuple[str, ...], target: Target, reasons: dict[str, str]) -> str:
+    floats = not {"int8", "int4"} & set(formats)
+    check_choices(target.kind, target.name, None, "none" if floats else "auto", asked)
     if target.kind == "gpu":
         reasons["activations"] = "GPU kernels multiply bf16 activations"
         return "f32"
     if asked:
         reasons["activations"] = "asked for with --activations"
         return "int8" if asked == "int8" else "f32"
-    reasons["activations"] = "float weights" if format_ == "none" else "int8 products are twice as fast on this target"
-    return "f32" if format_ == "none" else "int8"
+    reasons["activations"] = "float weights" if floats else "int8 products are twice as fast on this target"
+    return "f32" if floats else "int8"

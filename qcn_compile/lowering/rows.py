@@ -55,14 +55,19 @@ def evaluate(value: Value, weights: Weights) -> Tensor:
 
 
 class Rows:
-    """Rows of a static value on demand. What cannot be computed by rows is computed whole, once, and kept."""
+    """Rows of a static value on demand. What cannot be computed by rows is computed whole, once, and kept.
 
-    def __init__(self, value: Value, source: Source) -> None:
+    `known`: values that need not be computed, such as calibrated ones.
+    """
+
+    def __init__(self, value: Value, source: Source, known: Mapping[Value, Piece] | None = None) -> None:
         self.value, self._source = value, source
-        self._whole: dict[Value, Tensor] = {}
+        self._whole: dict[Value, Piece] = dict(known or {})
         self._prepare(value)
 
     def _prepare(self, value: Value) -> None:
+        if value in self._whole:
+            return
         if value.op is not None and _by_rows(value.op):
             for operand in value.op.inputs:
                 self._prepare(operand)
@@ -76,7 +81,7 @@ class Rows:
 
     def _rows(self, value: Value, start: int, stop: int) -> Piece:
         if value in self._whole:
-            return self._whole[value][start:stop]
+            return narrow(self._whole[value], 0, start, stop)
         assert value.op is not None
         op, x = value.op, value.op.inputs[0] if value.op.inputs else value
         if op.name == "weight":

@@ -9,7 +9,7 @@ from typing import Any
 
 from qcn_compile.errors import UsageError
 from qcn_compile.planning.errors import relative_errors
-from qcn_compile.planning.formats import Scheme, schemes
+from qcn_compile.planning.formats import Scheme, scheme_of, schemes
 from qcn_compile.planning.memory import Needs, elements, needs
 from qcn_compile.planning.predict import Predictor
 from qcn_compile.planning.shape import ModelShape, shape_of
@@ -21,8 +21,8 @@ FILL = 8192  # tokens of context that times are predicted at, less where the con
 BUDGET = {"gpu": 0.05, "cpu": 0.12}  # relative error of a weight that a choice may cost: a CPU gains most from 4 bits
 SMALL = 256 << 20  # bytes in bf16 up to which a model gains nothing from quantisation that a user would notice
 SLOTS = 16  # states of running requests that a server asks for by default
-KERNELS = {"triton": ("none", "fp8"), "tvm": ("none", "int8", "int4"), "": ()}
-"""Schemes that kernels are written for, by backend."""
+KERNELS = {"triton": ("bf16", "fp8"), "tvm": ("f32", "bf16", "int8", "int4"), "": ()}
+"""Formats that kernels are written for, by backend."""
 
 
 @dataclass(frozen=True)
@@ -95,10 +95,7 @@ def candidates(ask: Ask) -> list[Candidate]:
     shape_of(ask.config)  # a config that is not understood is the first thing to say
     known = schemes(ask.chip.kind, ask.base)
     if ask.quant != "auto":
-        chosen = [scheme for scheme in known if scheme.name == ask.quant]
-        if not chosen:
-            raise UsageError(f"--quant {ask.quant}: a {ask.chip.kind} has {', '.join(s.name for s in known)} or auto")
-        known = chosen
+        known = [scheme_of(ask.quant, ask.chip.kind, ask.base)]
     layouts = list(_layouts(ask))
     found = [_candidate(ask, scheme, layout) for scheme in known for layout in layouts]
     return sorted(found, key=lambda c: (*c.grade, round(c.seconds * 1e5), c.needs.weights if not c.seconds else 0,
@@ -142,7 +139,7 @@ def _candidate(ask: Ask, scheme: Scheme, layout: Layout) -> Candidate:
     context = min(FILL, ask.context or FILL)
     predict = Predictor(ask.shape, scheme, layout, ask.chip)
     seconds = predict.decode(ask.requests, context).seconds if predict.known else 0.0
-    planned = scheme.name not in KERNELS[ask.chip.backend] or layout.pp > 1
+    planned = not set(scheme.formats) <= set(KERNELS[ask.chip.backend]) or layout.pp > 1
     return Candidate(scheme, layout, need, problem, _over(ask, scheme), seconds, planned)
 
 

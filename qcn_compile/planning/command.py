@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from qcn_compile.planning.choose import BUDGET, SLOTS, Ask
 from qcn_compile.planning.model import find_config, has_fp8_blocks
@@ -13,8 +14,8 @@ from qcn_compile.planning.table import lines
 from qcn_compile.planning.verdict import Verdict, decide_plan
 from qcn_compile.targets.spec import Hardware, chip_of
 
-PLANNED = ("int4-experts", "nvfp4", "mxfp4")  # schemes that --quant takes for planning alone
 DTYPES = {"fp32": "f32", "bf16": "bf16"}
+WISHES = ("max_running_requests", "memory", "error_budget", "gpus", "tp", "ep", "pp")
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -37,14 +38,22 @@ def verdict_of(args: argparse.Namespace) -> Verdict:
     chip = chip_of(args.target, args.mcpu)
     name, config = find_config(args.model, chip.kind)
     base = DTYPES[args.dtype] if args.dtype else "bf16"
-    degrees = {"tp": args.tp, "ep": args.ep, "pp": args.pp}
-    requests = args.max_running_requests
-    memory = args.memory * 1e9 if args.memory else memory_of(chip)
-    return decide_plan(Ask(
-        config, name, chip, memory, quant=args.quant, base=base, context=args.context_length,
-        requests=requests or 1, slots=requests or SLOTS, gpus=args.gpus,
-        budget=BUDGET[chip.kind] if args.error_budget is None else args.error_budget,
-        fp8_blocks=has_fp8_blocks(config), **degrees))
+    return decide_plan(ask_of(name, config, chip, args.quant, base, args.context_length, **wishes(args)))
+
+
+def wishes(args: argparse.Namespace) -> dict[str, Any]:
+    """The flags of `add_flags`, --tp and --ep, as `ask_of` takes them."""
+    return {name: getattr(args, name) for name in WISHES}
+
+
+def ask_of(name: str, config: dict[str, Any], chip: Hardware, quant: str, base: str, context: int | None, *,
+           max_running_requests: int | None = None, memory: float | None = None, error_budget: float | None = None,
+           gpus: int | None = None, tp: int | None = None, ep: int | None = None, pp: int | None = None) -> Ask:
+    """What flags ask for a model. `memory` in GB."""
+    return Ask(config.get("text_config") or config, name, chip, memory * 1e9 if memory else memory_of(chip),
+               quant=quant, base=base, context=context, requests=max_running_requests or 1,
+               slots=max_running_requests or SLOTS, gpus=gpus, tp=tp, ep=ep, pp=pp,
+               budget=BUDGET[chip.kind] if error_budget is None else error_budget, fp8_blocks=has_fp8_blocks(config))
 
 
 def memory_of(chip: Hardware) -> float:

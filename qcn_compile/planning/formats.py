@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from qcn_compile.errors import UsageError
+
 CLASSES = ("experts", "dense", "head", "embedding", "sensitive", "vectors")
 """experts: routed and shared. dense: projections around the mixers. head: lm_head. embedding: the token table.
 sensitive: router, shared expert's gate, DeltaNet's b and a. vectors: norms, convolution, decay."""
@@ -50,7 +52,25 @@ def schemes(kind: str, base: str = "bf16") -> list[Scheme]:
         return Scheme(name, format_, format_, format_, base)
 
     if kind == "cpu":
-        return [uniform("none", base), uniform("int8", "int8"), uniform("int4", "int4")]
+        return [uniform("none", base), uniform("int8", "int8"), Scheme("int4-experts", "int4", "int8", "int8", base),
+                uniform("int4", "int4")]
     return [uniform("none", base), uniform("int8", "int8"), uniform("fp8", "fp8"),
             Scheme("int4-experts", "int4-g128", "fp8", "fp8", base), uniform("int4", "int4-g128"),
             Scheme("nvfp4", "nvfp4", "fp8", "fp8", base), Scheme("mxfp4", "mxfp4", "fp8", "fp8", base)]
+
+
+def scheme_of(name: str, kind: str, base: str = "bf16") -> Scheme:
+    """The scheme that --quant names: one of `schemes`, or a format for each class, `experts=int4,dense=int8,head=none`.
+
+    A class that is not named keeps the base dtype. Raises UsageError listing what there is.
+    """
+    known = {scheme.name: scheme for scheme in schemes(kind, base)}
+    if name in known:
+        return known[name]
+    parts = dict(part.partition("=")[::2] for part in name.split(","))
+    formats = {s.experts for s in known.values()} | {s.head for s in known.values()} | {"none"}
+    if set(parts) <= {"experts", "dense", "head"} and set(parts.values()) <= formats:
+        chosen = {part: base if parts.get(part, "none") == "none" else parts[part] for part in CLASSES[:3]}
+        return Scheme(name, **chosen, base=base)
+    raise UsageError(f"--quant {name}: a {kind} has auto, {', '.join(known)}, or a format for each class of weights, "
+                     f"as in experts=FORMAT,dense=FORMAT,head=FORMAT with {', '.join(sorted(formats))}")

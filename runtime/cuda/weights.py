@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from qcn_compile.artifact import ALIGNMENT
 from qcn_compile.errors import ArtifactError, UsageError
 from qcn_compile.runtime.cuda.device import CudaDevice
 from qcn_compile.runtime.weights import Report, blobs_in
@@ -105,17 +106,23 @@ class DeviceWeights:
             self._device.free(pattern)
 
     def _late(self, recipes: dict[str, dict[str, Any]], model: Path) -> None:
-        from qcn_compile.runtime.late_weights import Checkpoint, bound
+        from qcn_compile.runtime.late_checkpoint import Checkpoint
+        from qcn_compile.runtime.late_weights import pieces
 
         self._place({f"{name}.{part}": size for name, row in recipes.items() for part, size in row["parts"].items()})
         checkpoint = Checkpoint(model)
         for name, row in recipes.items():
-            for part, blob in bound(row, checkpoint).items():
-                if blob.nbytes != row["parts"][part]:
-                    raise ArtifactError(f"{model}: {name} makes {blob.nbytes} bytes, the build expects "
-                                        f"{row['parts'][part]}: another model than it was built for")
-                self._device.upload(self._addresses[f"{name}.{part}"], blob)
-                self._advance(blob.nbytes)
+            lacking = dict(row["parts"])
+            for part, offset, data in pieces(row, checkpoint):
+                lacking[part] -= data.nbytes
+                if lacking[part] < 0:
+                    break
+                self._device.upload(self._addresses[f"{name}.{part}"] + offset, data)
+                self._advance(data.nbytes)
+            if not all(0 <= size < ALIGNMENT for size in lacking.values()):  # a part ends at a whole line
+                raise ArtifactError(f"{model}: {name} makes {row['parts']} bytes but for {lacking}: another model than "
+                                    "it was built for")
+            self._advance(sum(lacking.values()))
 
 
 def filling(kind: str, nbytes: int) -> np.ndarray:

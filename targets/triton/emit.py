@@ -1,7 +1,7 @@
 """Kernels to cubins: Triton ahead of time in worker processes, limits checked, sources kept beside; no GPU needed.
 
     kernels.json     symbol -> file, entry, shared memory, threads, launch attributes, resources, configuration
-    <family>-<hash>.cubin
+    <family>-<hash>.cubin, or .hsaco for AMD
     source/*.py      the kernel functions, as compiled
 """
 
@@ -33,6 +33,7 @@ INDEX = "kernels.json"
 TYPES = {"bf16": "*bf16", "f32": "*fp32", "i32": "*i32", "fp8": "*fp8e4nv"}
 FIRST_PDL = 90  # programmatic dependent launch starts with this architecture, as do e4m3 registers
 _RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)")
+AMD = "amd"
 Progress = Callable[[int, int], None]
 
 
@@ -45,7 +46,8 @@ def emit(kernels: Sequence[Kernel], folder: Path, card: Hardware, progress: Prog
     index, names = {}, []
     for done, (kernel, (cubin, row)) in enumerate(zip(ordered, compiled(ordered, card, workers), strict=True), 1):
         check_limits(kernel, row, card)
-        name = f"{kernel.family}-{hashlib.sha256(kernel.symbol.encode()).hexdigest()[:12]}.cubin"
+        ending = "hsaco" if card.vendor == AMD else "cubin"
+        name = f"{kernel.family}-{hashlib.sha256(kernel.symbol.encode()).hexdigest()[:12]}.{ending}"
         (folder / name).write_bytes(cubin)
         names.append(name)
         index[kernel.symbol] = {"file": name, **row, "config": dict(kernel.params)}
@@ -71,7 +73,8 @@ def compiled(kernels: Sequence[Kernel], card: Hardware,
     """(cubin, row of kernels.json) of each kernel, in order. A crash of the compiler ends a worker, not us."""
     count = min(workers or build_jobs(), max(len(kernels), 1))
     with ProcessPoolExecutor(count, mp_context=get_context("spawn"), initializer=_prepare) as pool:
-        jobs = [pool.submit(compile_one, kernel, card.arch, FAMILIES[kernel.family]) for kernel in kernels]
+        jobs = [pool.submit(compile_one, kernel, _gfx(card) if card.vendor == AMD else card.arch,
+                            FAMILIES[kernel.family]) for kernel in kernels]
         for kernel, job in zip(kernels, jobs, strict=True):
             try:
                 yield job.result()
@@ -81,7 +84,7 @@ def compiled(kernels: Sequence[Kernel], card: Hardware,
                 pool.shutdown(cancel_futures=True)
                 file = FAMILIES[kernel.family].file
                 owner = f" of plugin {file}" if file else ""
-                raise LoweringError(f"kernel {kernel.symbol}{owner}: Triton cannot compile it for sm_{card.arch}: "
+                raise LoweringError(f"kernel {kernel.symbol}{owner}: Triton cannot compile it for {card.name}: "
                                     f"{type(error).__name__}: {str(error)[-800:]}") from error
 
 
@@ -102,12 +105,18 @@ def _prepare() -> None:
     os.environ.pop("TRITON_INTERPRET", None)
 
 
-def compile_one(kernel: Kernel, arch: int, family: Family) -> tuple[bytes, dict[str, Any]]:
+def _gfx(card: Hardware) -> str:
+    return f"gfx{card.arch}"
+
+
+def compile_one(kernel: Kernel, arch: int | str, family: Family) -> tuple[bytes, dict[str, Any]]:
     """Compile one kernel in this process. One without a parameter PDL is launched when the one before it is done."""
     import triton
     from triton.backends.compiler import GPUTarget
 
     FAMILIES.setdefault(kernel.family, family)  # a plugin's, which a worker has not loaded
+    if isinstance(arch, str):
+        return compile_amd(kernel, arch)
     present, _ = family.pointers(kernel)
     pdl = arch >= FIRST_PDL and "PDL" in family.load(kernel.family).arg_names
     source = ast_source(kernel, family, pdl, "*fp8e4nv" if arch >= FIRST_PDL else "*u8")
@@ -123,8 +132,8 @@ def compile_one(kernel: Kernel, arch: int, family: Family) -> tuple[bytes, dict[
                                "source": f"source/{family.module}.py"}
 
 
-def compile_hsaco(kernel: Kernel, arch: str) -> bytes:
-    """One kernel for an AMD card (gfx942, gfx950). It compiles; no runtime launches it and nobody has run it.
+def compile_amd(kernel: Kernel, arch: str) -> tuple[bytes, dict[str, Any]]:
+    """(hsaco, row of kernels.json) for an AMD card (gfx942, gfx950). No runtime launches it and nobody has run it.
 
     e4m3 weights come as bytes and are widened through fp16, so that cards with e4m3 of another kind (fnuz) read the
     same files.
@@ -132,9 +141,16 @@ def compile_hsaco(kernel: Kernel, arch: str) -> bytes:
     import triton
     from triton.backends.compiler import GPUTarget
 
-    source = ast_source(kernel, FAMILIES[kernel.family], False, "*u8")
-    made: bytes = triton.compile(source, target=GPUTarget("hip", arch, 64), options=options(kernel)).asm["hsaco"]
-    return made
+    family = FAMILIES[kernel.family]
+    made = triton.compile(ast_source(kernel, family, False, "*u8"), target=GPUTarget("hip", arch, 64),
+                          options=options(kernel))
+    info, (present, _) = made.metadata, family.pointers(kernel)
+    registers, stack = (int(found[1]) if (found := re.search(rf"\.{key}:\s+(\d+)", made.asm["amdgcn"])) else 0
+                        for key in ("vgpr_count", "private_segment_fixed_size"))
+    return made.asm["hsaco"], {"entry": info.name, "shared": info.shared, "threads": 64 * info.num_warps, "pdl": False,
+                               "pointers": len(present), "registers": registers, "stack": stack,
+                               "loose": [i for i, p in enumerate(present) if not p.aligned],
+                               "source": f"source/{family.module}.py"}
 
 
 def ast_source(kernel: Kernel, family: Family, pdl: bool, fp8: str) -> Any:

@@ -40,7 +40,8 @@ class GpuTarget:
         """What the manifest records of the card; limits on file: GB/s, and GFLOP/s of bf16 products."""
         chip = self.hardware
         limits = {"read": chip.bandwidth.value, "flops": chip.flops.value} if chip.bandwidth and chip.flops else None
-        return {"arch": chip.arch, "shared": chip.shared, "limits": limits}
+        vendor = {} if chip.vendor == "nvidia" else {"vendor": chip.vendor}
+        return {"arch": chip.arch, "shared": chip.shared, "limits": limits, **vendor}
 
     def specialise(self, ops: Sequence[Op], outputs: Sequence[Value], bucket: Bucket) -> list[Op]:
         """The ops of a bucket: in some, ops are fused that stay apart in others; last, the choice of tokens."""

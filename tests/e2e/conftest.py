@@ -15,12 +15,15 @@ from qcn_compile.compile import compile as build
 from qcn_compile.frontend.checkpoint import locate
 from qcn_compile.runtime.loaded import Model
 
+HELDOUT = Path(__file__).parent.parent / "data/heldout.jsonl"
+EVALUATED = 12  # of its files perplexity is measured on, the others calibrate
 VARIANTS: dict[str, dict[str, object]] = {
     "fp32": {"dtype": "fp32", "quant": "none"},
     "bf16": {"dtype": "bf16", "quant": "none"},
     "mtp": {"dtype": "bf16", "quant": "none", "mtp": True},
     "int8": {"dtype": "bf16", "quant": "int8"},
     "int4": {"dtype": "bf16", "quant": "int4"},
+    "int4-gptq": {"dtype": "bf16", "quant": "int4", "calibrate": "calibration.jsonl"},
     "int4-f32": {"dtype": "bf16", "quant": "int4", "activations": "fp32"},
 }
 
@@ -45,7 +48,11 @@ def builds(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         with (shared / f"{variant}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not (folder / "manifest.json").is_file():
-                build(None, "cpu", folder, **VARIANTS[variant])
+                options = dict(VARIANTS[variant])
+                if "calibrate" in options:
+                    options["calibrate"] = shared / str(options["calibrate"])
+                    options["calibrate"].write_text("\n".join(HELDOUT.read_text(encoding="utf-8").splitlines()[EVALUATED:]))
+                build(None, "cpu", folder, **options)
         artifact.read_manifest(folder, deep=True)
         return folder
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from qcn_compile.artifact import read_manifest
 from qcn_compile.runtime.loaded import Model
 
 DATA = Path(__file__).parent.parent / "data"
@@ -67,10 +68,11 @@ def perplexity(model: Model, texts: list[str]) -> float:
     return float(np.exp(total / count))
 
 
-def test_quantised_perplexity(loaded: Callable[[str], Model], record_property: Callable[[str, object], None],
+def test_quantised_perplexity(builds: Callable[[str], Path], loaded: Callable[[str], Model],
+                              record_property: Callable[[str, object], None],
                               capsys: pytest.CaptureFixture[str]) -> None:
-    texts = heldout(12)
-    values = {v: perplexity(loaded(v), texts) for v in ("fp32", "bf16", "int8", "int4", "int4-f32")}
+    texts = heldout(12)  # the rest calibrates
+    values = {v: perplexity(loaded(v), texts) for v in ("fp32", "bf16", "int8", "int4", "int4-gptq", "int4-f32")}
     for name, value in values.items():
         record_property(name, value)
     with capsys.disabled():
@@ -78,3 +80,5 @@ def test_quantised_perplexity(loaded: Callable[[str], Model], record_property: C
     assert values["bf16"] == pytest.approx(values["fp32"], rel=2e-3)
     assert values["int8"] == pytest.approx(values["fp32"], rel=2e-2)
     assert values["fp32"] < values["int4-f32"] * 1.001 and values["int4"] < 1.35 * values["fp32"]
+    assert values["fp32"] < values["int4-gptq"] < values["fp32"] + 0.6 * (values["int4"] - values["fp32"])
+    assert read_manifest(builds("int4-gptq")).decisions["reasons"]["calibrated"].startswith("33 weights by ")
