@@ -59,7 +59,7 @@ def load(build: str | PathLike[str], *, context_length: int | None = None, max_r
         raise UsageError(f"--prefill-chunk {prefill_chunk}: must be at least 1")
     started = time.perf_counter()
     path = Path(build)
-    manifest = read_manifest(path, deep=verify)
+    manifest = _runnable(path, read_manifest(path, deep=verify))
     rope = rope_override(overrides, manifest.model.get("config", {}))
     if rope is not None:
         context_length = context_length or manifest.context_length
@@ -67,9 +67,6 @@ def load(build: str | PathLike[str], *, context_length: int | None = None, max_r
         prefix = None if prefix is None else replace(prefix, overrides=overrides)
     device: CpuDevice | CudaDevice
     executable: Executable | CudaExecutable
-    if manifest.target.get("vendor") == "amd":
-        raise ArtifactError(f"{path} was built for {manifest.target['name']}: kernels for AMD cards are compiled, but "
-                            "this qcn-run launches on NVIDIA cards and CPUs only; build for one of those")
     if manifest.target.get("kind") == "gpu":
         checkpoint = None if model is None else Path(model)
         device, executable, memory = open_cuda(path, manifest, context_length, max_running_requests, cache_memory,
@@ -99,6 +96,13 @@ def _open_cpu(path: Path, manifest: Manifest, memory: MemoryPlan, threads: int, 
     except (QcnError, OSError):
         device.close()
         raise
+
+
+def _runnable(path: Path, manifest: Manifest) -> Manifest:
+    if manifest.target.get("vendor") == "amd":
+        raise ArtifactError(f"{path} was built for {manifest.target['name']}: kernels for AMD cards are compiled, but "
+                            "this qcn-run launches on NVIDIA cards and CPUs only; build for one of those")
+    return manifest
 
 
 class Model:
