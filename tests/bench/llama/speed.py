@@ -1,7 +1,7 @@
 """llama.cpp on a GGUF file: python speed.py GGUF THREADS PROMPT NEW. Needs llama-cpp-python; prints one JSON object.
 
 A warm-up, a prompt of random tokens in one batch, then tokens one by one, sampled as on our side (temperature 1 among
-the 40 most likely). Memory is what is resident in the end.
+the 40 most likely); decode is the rate of the median step. Memory is what is resident in the end.
 """
 
 from __future__ import annotations
@@ -59,14 +59,14 @@ def main() -> None:
     start = time.perf_counter()
     decode(context, ids)
     token = llama_cpp.llama_sampler_sample(chain, context, -1)
-    middle = time.perf_counter()
+    times = [time.perf_counter()]
     for _ in range(new):
         decode(context, np.array([token]))
         token = llama_cpp.llama_sampler_sample(chain, context, -1)
-    end = time.perf_counter()
+        times.append(time.perf_counter())
     logits = np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(context, -1), (vocabulary,))
     resident = re.search(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text())
-    print(json.dumps({"prefill": prompt / (middle - start), "decode": new / (end - middle),
+    print(json.dumps({"prefill": prompt / (times[0] - start), "decode": 1 / float(np.median(np.diff(times))),
                       "rss": 1024 * int(resident.group(1)) if resident else 0, "weights": Path(path).stat().st_size,
                       "finite": bool(np.isfinite(logits).all()), "version": llama_cpp.__version__}))
 
