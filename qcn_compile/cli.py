@@ -41,6 +41,8 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--activations", choices=["fp32", "int8"], help="dtype quantised weights are multiplied with")
     top.add_argument("--calibrate", type=Path, metavar="TEXT", help="a text, or a .jsonl file of lines with a key "
                      "text, like what the model will read: int4 codes are chosen by what they do to it (GPTQ)")
+    top.add_argument("--kv-cache-dtype", choices=["auto", "bf16", "fp8", "fp8_e4m3"],
+                     help="type that keys and values are cached in: fp8 (e4m3, GPU targets) halves them")
     top.add_argument("--context-length", type=int, help="longest sequence (default: the model's limit)")
     top.add_argument("--weights", choices=["copied", "late", "dummy"],
                      help="copied into the build (default), bound from the checkpoint by qcn-run --model (late), or "
@@ -90,8 +92,8 @@ def _run(args: argparse.Namespace) -> int:
     tracing = Tracing(args.verify, tuple(filter(None, [args.print_ir_after])), args.dump_dir, args.stop_after)
     options = Options(dtype=args.dtype, quant=args.quant, activations=args.activations, mcpu=args.mcpu,
                       context_length=args.context_length, mtp=args.mtp, weights=args.weights, force=args.force,
-                      calibrate=args.calibrate, tracing=tracing, disabled=tuple(args.disable_pass),
-                      plugins=tuple(args.plugin), **command.wishes(args))
+                      calibrate=args.calibrate, kv=args.kv_cache_dtype, tracing=tracing,
+                      disabled=tuple(args.disable_pass), plugins=tuple(args.plugin), **command.wishes(args))
     if args.emit != "build":
         return _emit_onnx(args, options)
     if args.stop_after:
@@ -142,6 +144,7 @@ def summary(built: Built) -> str:
         ("dtype", decision.base, "dtype"), ("quantisation", decision.format, "quant"),
         *([("calibrated", "GPTQ", "calibrated")] if "calibrated" in decision.reasons else []),
         ("layout", str(decision.layout), "layout"), ("activations", decision.activations, "activations"),
+        ("KV cache", decision.kv, "kv"),
         ("context", str(decision.context_length), "context_length")]]
     text += ["  " + ", ".join(f"{name} {seconds:.1f} s" for name, seconds in built.seconds.items())]
     return "\n".join([*text, f"run it: qcn-run {built.path} --prompt 'def fib(n):'"])

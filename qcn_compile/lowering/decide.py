@@ -26,6 +26,9 @@ from qcn_compile.targets.choices import DTYPES, check_choices
 from qcn_compile.targets.layout import Layout
 from qcn_compile.targets.spec import chip_of
 
+KV = {"auto": "bf16", "bf16": "bf16", "fp8": "f8e4m3", "fp8_e4m3": "f8e4m3"}  # by SGLang's names
+FIRST_E4M3 = 89  # cards from this architecture on convert e4m3
+
 
 @dataclass(frozen=True)
 class Decision:
@@ -45,6 +48,7 @@ class Decision:
     layout: Layout
     rejected: tuple[dict[str, str], ...] = ()
     verdict: dict[str, Any] = field(default_factory=dict)
+    kv: str = "bf16"
 
     def to_json(self) -> dict[str, object]:
         """All of it, as the report holds it."""
@@ -77,7 +81,7 @@ def plan_for(name: str, config: Mapping[str, Any], target: Target, dtype: str | 
 
 
 def decide(traced: Traced, target: Target, verdict: Verdict | None, dtype: str | None, quant: str,
-           activations: str | None, context_length: int | None) -> Decision:
+           activations: str | None, context_length: int | None, kv: str | None = None) -> Decision:
     """What a build does, by the verdict where there is one. Raises UsageError naming what is impossible."""
     reasons: dict[str, str] = {}
     elements = _elements(traced.main)
@@ -98,7 +102,8 @@ def decide(traced: Traced, target: Target, verdict: Verdict | None, dtype: str |
     return Decision(base, scheme.name, acts, context_length or longest,
                     data["memory"]["weights"] * verdict.chosen.layout.ranks if verdict else size, reasons,
                     {kind: scheme.format_of(kind) for kind in ("experts", "dense", "head")},
-                    verdict.chosen.layout if verdict else Layout(), tuple(data.pop("rejected", ())), data)
+                    verdict.chosen.layout if verdict else Layout(), tuple(data.pop("rejected", ())), data,
+                    kv_type(kv, target, reasons))
 
 
 def _elements(graph: Graph) -> int:
@@ -131,6 +136,21 @@ def _format(quant: str, elements: int, target: Target) -> tuple[str, str]:
     name, bits = ("fp8", 8.0) if target.kind == "gpu" else ("int4", 4.5)
     return name, (f"decode reads every active weight once a token, so bytes are time: {elements * bits / 8 / 1e9:.1f} "
                   f"GB at {name} against {elements * 2 / 1e9:.1f} GB in bf16")
+
+
+def kv_type(asked: str | None, target: Target, reasons: dict[str, str]) -> str:
+    """The type that keys and values are cached in; "bf16" stands for the target's own."""
+    if asked is not None and asked not in KV:
+        raise UsageError(f"--kv-cache-dtype {asked}: choose {', '.join(KV)}")
+    reasons["kv"] = "asked for with --kv-cache-dtype" if asked not in (None, "auto") else "as they are computed"
+    found = KV[asked or "auto"]
+    if found == "f8e4m3" and target.kind != "gpu":
+        raise UsageError(f"--kv-cache-dtype {asked}: the {target.name} target caches keys and values as it computes "
+                         "them; leave it out")
+    arch = target.describe().get("arch")
+    if found == "f8e4m3" and isinstance(arch, int) and arch < FIRST_E4M3:
+        raise UsageError(f"--kv-cache-dtype {asked}: {target.name} (sm_{arch}) has no e4m3 numbers; leave it out")
+    return found
 
 
 def _activations(asked: str | None, formats: tuple[str, ...], target: Target, reasons: dict[str, str]) -> str:

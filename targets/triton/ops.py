@@ -43,14 +43,15 @@ def norm_linear_pair(x: Tensor, norm_w: Tensor, w: Tensor, w2: Tensor, *, eps: f
 
 
 @op("rope_attention", "q, k, v, q_w?, k_w?, cos, sin, gate?, batch", eps=float, scale=float, state=None,
-    effects={"state": "rw"},
+    stored=None, effects={"state": "rw"},
     infer=lambda q, *_, **__: TensorType(q.dtype, (q.shape[0], int(q.shape[1]) * int(q.shape[2]))),
     flops=lambda types, results, attrs, sizes: 4 * size_of(types[0].shape, sizes) * sizes.get("context", 1))
 def rope_attention(q: Tensor, k: Tensor, v: Tensor, q_w: Tensor | None, k_w: Tensor | None, cos: Tensor, sin: Tensor,
-                   gate: Tensor | None, batch: Batch, *, eps: float, scale: float, state: str | None = None) -> Tensor:
+                   gate: Tensor | None, batch: Batch, *, eps: float, scale: float, state: str | None = None,
+                   stored: str | None = None) -> Tensor:
     """paged_attention(rope_append(...), gate): shapes as in those rows."""
-    query = rope_append(q, k, v, q_w, k_w, cos, sin, batch, eps=eps, state=state)
-    return paged_attention(query, gate, batch, scale=scale, state=state)
+    query = rope_append(q, k, v, q_w, k_w, cos, sin, batch, eps=eps, state=state, stored=stored)
+    return paged_attention(query, gate, batch, scale=scale, state=state, stored=stored)
 
 
 @op("sample", "logits", infer=lambda logits: TensorType(DType.i32, (logits.shape[0],)))

@@ -78,7 +78,8 @@ class Fusion:
         attend = readers[0]
         *rest, batch = append.operands
         self._swap(attend, "rope_attention", [*rest, attend.operands[1], batch], [append],
-                   eps=append.attrs["eps"], scale=attend.attrs["scale"], state=attend.attrs["state"])
+                   eps=append.attrs["eps"], scale=attend.attrs["scale"],
+                   **{name: attend.attrs[name] for name in ("state", "stored") if name in attend.attrs})  # type: ignore[arg-type]
 
 
 def _wide_first(products: list[Op]) -> list[Op] | None:

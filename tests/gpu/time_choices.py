@@ -40,7 +40,7 @@ def main() -> None:
         rows = []
         for name, plan in plans.items():
             try:
-                executable._launches[plan.name] = [executable._prepared(plan, i) for i in range(len(plan.launches))]
+                executable._launches[plan.key] = [executable._prepared(plan, i) for i in range(len(plan.launches))]
                 graph = executable._capture(plan)
                 took = seconds(device, graph)
                 output = plan.outputs["logits"]

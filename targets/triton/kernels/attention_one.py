@@ -42,7 +42,8 @@ def attention_one(q, k, v, q_w, k_w, cos, sin, part, score, keys, values, contex
     rows = low + tl.arange(0, BS)
     at = page_rows(block_table, 0, 0, rows, rows < high, g, HKV, PAGE)[:, None] * D + d[None, :]
     here = (rows < high)[:, None] & inside[None, :]
-    k_tile, v_tile = tl.load(keys + at, mask=here, other=0.0), tl.load(values + at, mask=here, other=0.0)
+    k_tile = tl.load(keys + at, mask=here, other=0.0).to(tl.bfloat16)
+    v_tile = tl.load(values + at, mask=here, other=0.0).to(tl.bfloat16)
     if Q_NORM:
         q_weight, q_partner = tl.load(q_w + d, mask=inside, other=0.0), tl.load(q_w + other, mask=inside, other=0.0)
     else:
@@ -64,7 +65,8 @@ def attention_one(q, k, v, q_w, k_w, cos, sin, part, score, keys, values, contex
             rows = k0 + tl.arange(0, BS)
             at = page_rows(block_table, 0, 0, rows, rows < high, g, HKV, PAGE)[:, None] * D + d[None, :]
             here = (rows < high)[:, None] & inside[None, :]
-            k_tile, v_tile = tl.load(keys + at, mask=here, other=0.0), tl.load(values + at, mask=here, other=0.0)
+            k_tile = tl.load(keys + at, mask=here, other=0.0).to(tl.bfloat16)
+            v_tile = tl.load(values + at, mask=here, other=0.0).to(tl.bfloat16)
         seen = (k0 + tl.arange(0, BS) < high)[None, :]
         scores = tl.where(seen, tl.dot(qs, tl.trans(k_tile)) * SCALE, float("-inf"))
         fresh = tl.maximum(top, tl.max(scores, 1))
@@ -80,7 +82,8 @@ def attention_one(q, k, v, q_w, k_w, cos, sin, part, score, keys, values, contex
         else:
             w, w_pair = d * 0.0, d * 0.0
         k_new = turned(k_raw, k_pair, w, w_pair, c, s, d, D, HALF, EPS, K_NORM).to(tl.bfloat16)
-        v_new = tl.load(v + g * D + d, mask=inside, other=0.0)
+        k_new = k_new.to(keys.dtype.element_ty)
+        v_new = tl.load(v + g * D + d, mask=inside, other=0.0).to(values.dtype.element_ty)
         page = tl.load(block_table + n // PAGE).to(tl.int64)
         place = ((page * HKV + g) * PAGE + n % PAGE) * D + d
         tl.store(keys + place[None, :], k_new, mask=inside[None, :])

@@ -108,6 +108,6 @@ def rope_attention(site: Site) -> list[Call]:
                                state("state", "k"), state("state", "v"), CONTEXT, TABLE], (kv_heads, splits),
              HQ=heads, HKV=kv_heads, D=dim, BD=wide, BG=max(16, power(heads // kv_heads)),
              HALF=inner(site.operand(5).type.shape), PAGE=site.page, BS=keys, SPLITS=splits, EPS=site.real("eps"),
-             SCALE=site.real("scale"), Q_NORM=site.has(3), K_NORM=site.has(4), WARPS=warps, ),
+             SCALE=site.real("scale"), Q_NORM=site.has(3), K_NORM=site.has(4), KV=site.cached, WARPS=warps),
         call("attention_combine", [part, score, *gate, result(), COUNTS], (1, heads), HQ=heads, D=dim, BD=wide,
              SPLITS=splits, SG=site.stride(7) if gate else 0, GATE=bool(gate), WARPS=8)]

@@ -43,6 +43,11 @@ class Site(BaseSite):
 
     ring: int
 
+    @property
+    def cached(self) -> str:
+        """The type that the op's keys and values are cached in, as kernels name it."""
+        return "fp8" if self.op.attrs.get("stored") == "f8e4m3" else "bf16"
+
     def activation(self, index: int) -> TensorType:
         """The type of a bf16 operand."""
         type_ = self.operand(index).type
