@@ -13,10 +13,10 @@ from qcn_compile.ir.encoding import Encoding, Weight
 from qcn_compile.ir.graph import Op, Value
 from qcn_compile.ir.types import DType, StateKind, StateType, TensorType
 from qcn_compile.targets.base import Bucket, Call, Kernel, Operand
-from qcn_compile.targets.site import DECODE_TOKENS
 from qcn_compile.targets.spec import Hardware, hardware
 from qcn_compile.targets.triton import lowering, packing
-from qcn_compile.targets.triton.lowering.site import Site
+from qcn_compile.targets.triton.lowering.site import FEW, Site
+from qcn_compile.targets.triton.narrow import narrowing
 from qcn_compile.targets.triton.specialise import choice, specialise
 
 PAGE = 32  # tokens of a KV page
@@ -34,7 +34,8 @@ class GpuTarget:
         self.hardware: Hardware = hardware(name)
         self.name = name
         self.page_size = page_size
-        assert RING >= DECODE_TOKENS + TAPS
+        self.narrow = "fp8" in self.hardware.dtypes and self.hardware.arch >= 90  # the kernels' e4m3 type
+        assert RING >= FEW + TAPS
 
     def describe(self) -> dict[str, object]:
         """What the manifest records of the card; limits on file: GB/s, and GFLOP/s of bf16 products."""
@@ -45,12 +46,14 @@ class GpuTarget:
 
     def specialise(self, ops: Sequence[Op], outputs: Sequence[Value], bucket: Bucket) -> list[Op]:
         """The ops of a bucket: in some, ops are fused that stay apart in others; last, the choice of tokens."""
+        if self.narrow and bucket.tokens > FEW:
+            ops = narrowing(ops, outputs, bucket.sequences == bucket.tokens)
         return [*specialise(ops, outputs, bucket), *(choice(logits) for logits in outputs[:1])]
 
     def lower(self, op: Op, operands: Sequence[Operand | None], results: Sequence[TensorType],
               bucket: Bucket) -> list[Call]:
         """The kernel calls that compute `op`. Raises LoweringError naming the op, its location and the cure."""
-        return lowering.lower(Site(op, operands, results, bucket, self.page_size, RING))
+        return lowering.lower(Site(op, operands, results, bucket, self.page_size, RING, self.narrow))
 
     def pack(self, layout: str, encoding: Encoding, weight: Weight) -> dict[str, np.ndarray]:
         """A weight in the kernel's layout: part name -> 1-D array."""

@@ -2,7 +2,7 @@
 the input of position p at row p % RING.
 
 RING is large enough that a step of up to RING - 3 tokens writes no row that the same step reads, so programs that share
-channels need no order among them; longer steps write the ring in a launch of their own (`delta_keep`).
+channels need no order among them; in longer ones a program owns its channels (`delta_batch`, `delta_chunk`).
 """
 
 import triton
@@ -156,63 +156,3 @@ def delta_step(x, z, b, a, conv_w, decay, dt_bias, norm_w, ring, state, y, cu, c
     if h % repeat == 0:
         keep_inputs(x, own, cq, start, stop, context, channels, TAPS, RING, SX, ik >= 0)
         keep_inputs(x, own, ck, start, stop, context, channels, TAPS, RING, SX, ik >= 0)
-
-
-@triton.jit
-def delta_conv(x, conv_w, ring, mixed, token_seq, cu, context_lens, slots, counts, C: tl.constexpr, BC: tl.constexpr,
-               TAPS: tl.constexpr, RING: tl.constexpr, SX: tl.constexpr, PDL: tl.constexpr):
-    """mixed[t] = silu(conv) of every channel. Grid (T, C/BC)."""
-    t = tl.program_id(0)
-    c = tl.program_id(1) * BC + tl.arange(0, BC)
-    begin(PDL)
-    if t < tl.load(counts):
-        s = tl.load(token_seq + t)
-        own = ring + tl.load(slots + s).to(tl.int64) * (RING * C)
-        v = conv_silu(x, own, conv_w, c, t, tl.load(cu + s), tl.load(context_lens + s), C, TAPS, RING, SX, c < C)
-        tl.store(mixed + t * C + c, v.to(tl.bfloat16), mask=c < C)
-
-
-@triton.jit
-def delta_keep(x, ring, cu, context_lens, slots, counts, C: tl.constexpr, BC: tl.constexpr, TAPS: tl.constexpr,
-               RING: tl.constexpr, SX: tl.constexpr, PDL: tl.constexpr):
-    """The last inputs of every sequence into its ring, after `delta_conv` has read it. Grid (S, C/BC)."""
-    s = tl.program_id(0)
-    c = tl.program_id(1) * BC + tl.arange(0, BC)
-    begin(PDL)
-    if s < tl.load(counts + 1):
-        own = ring + tl.load(slots + s).to(tl.int64) * (RING * C)
-        start, stop = tl.load(cu + s), tl.load(cu + s + 1)
-        keep_inputs(x, own, c, start, stop, tl.load(context_lens + s), C, TAPS, RING, SX, c < C)
-
-
-@triton.jit
-def delta_rule(mixed, b, a, decay, dt_bias, state, o, cu, context_lens, slots, counts, HK: tl.constexpr,
-               HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr, SB: tl.constexpr,
-               SA: tl.constexpr, PDL: tl.constexpr):
-    """The recurrence, token by token. Grid (HV, DV/BV, S); o [T, HV, DV] before the gated norm."""
-    h, s = tl.program_id(0), tl.program_id(2)
-    repeat: tl.constexpr = HV // HK
-    channels: tl.constexpr = 2 * HK * DK + HV * DV
-    group = h // repeat
-    ik, iv = tl.arange(0, DK), tl.program_id(1) * BV + tl.arange(0, BV)
-    begin(PDL)
-    if s < tl.load(counts + 1):
-        context = tl.load(context_lens + s)
-        at = state + (tl.load(slots + s).to(tl.int64) * HV + h) * (DK * DV) + ik[:, None] * DV + iv[None, :]
-        st = tl.load(at, mask=(context > 0) & (ik[:, None] >= 0), other=0.0)
-        head_decay, head_bias = tl.load(decay + h), tl.load(dt_bias + h)
-        start, stop = tl.load(cu + s), tl.load(cu + s + 1)
-        cq, ck, cv = group * DK + ik, HK * DK + group * DK + ik, 2 * HK * DK + h * DV + iv
-        row = mixed + start * channels
-        q, k, v = tl.load(row + cq), tl.load(row + ck), tl.load(row + cv)
-        head_a, head_b = tl.load(a + start * SA + h), tl.load(b + start * SB + h)
-        for t in range(start, stop):
-            after = tl.minimum(t + 1, stop - 1)  # the next token is on its way while this one is worked on
-            row = mixed + after * channels
-            next_q, next_k, next_v = tl.load(row + cq), tl.load(row + ck), tl.load(row + cv)
-            next_a, next_b = tl.load(a + after * SA + h), tl.load(b + after * SB + h)
-            st, out = step(st, q.to(tl.float32), k.to(tl.float32), v.to(tl.float32), head_a.to(tl.float32),
-                           head_b.to(tl.float32), head_decay, head_bias, DK)
-            tl.store(o + t * (HV * DV) + h * DV + iv, out.to(tl.bfloat16))
-            q, k, v, head_a, head_b = next_q, next_k, next_v, next_a, next_b
-        tl.store(at, st)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from qcn_compile.targets.base import Call
-from qcn_compile.targets.triton.lowering import linear, mixer, moe, rows, sample, single
+from qcn_compile.targets.triton.lowering import gemm, linear, mixer, moe, rows, sample, single
 from qcn_compile.targets.triton.lowering.site import Site
 
 
@@ -17,12 +17,13 @@ UNARY = ("neg", "exp", "sigmoid", "silu", "softplus", "rsqrt", "add_scalar", "mu
 BINARY = ("add", "mul", "sub", "div", "silu_mul", "mul_sigmoid")
 LOWERINGS: dict[str, Callable[[Site], list[Call]]] = {
     **dict.fromkeys(UNARY, rows.unary), **dict.fromkeys(BINARY, rows.binary),
-    "rms_norm": rows.norm, "add_rms_norm": rows.norm, "gated_rms_norm": rows.norm,
+    "rms_norm": rows.norm, "narrow_rms_norm": rows.norm, "add_rms_norm": rows.norm, "gated_rms_norm": rows.norm,
     "concat": rows.concat, "gather_rows": rows.gather_rows, "embedding": rows.embedding,
-    "linear": _linear, "linear_add": _linear,
+    "linear": _linear, "linear_add": _linear, "narrow_linear": gemm.narrow_linear,
     "norm_linear": single.norm_linear, "norm_linear_pair": single.norm_linear_pair,
     "rope_attention": single.rope_attention,
     "moe_route": moe.route, "moe_experts": moe.experts, "moe_add": moe.experts,
+    "narrow_experts": moe.experts, "narrow_delta_net": mixer.delta_net,
     "rope_table": mixer.rope_table, "rope_append": mixer.rope_append, "paged_attention": mixer.paged_attention,
     "delta_net": mixer.delta_net, "sample": sample.sample,
 }

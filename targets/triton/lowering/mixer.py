@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from qcn_compile.targets.base import Call, Param, Ref
+from qcn_compile.targets.triton.lowering.delta_chunk import chunked
 from qcn_compile.targets.triton.lowering.single import CHOICE
 from qcn_compile.targets.triton.lowering.site import (
     BATCH,
     COUNTS,
     SPANS,
-    TOKEN_SEQ,
     Site,
     call,
     cdiv,
@@ -21,6 +21,8 @@ from qcn_compile.targets.triton.lowering.site import (
 
 SPLITS, FEW = 32, 8  # stretches of the keys that decode attention looks at in parallel: of few tokens, of many
 KEYS = 64
+ROPED = 16  # tokens of a program that turns and appends
+ROWS = 128  # tokens times heads of a KV head that a program of prefill attention works on
 
 
 def rope_table(site: Site) -> list[Call]:
@@ -43,10 +45,14 @@ def rope_append(site: Site) -> list[Call]:
     norms = [site.ref(i) for i in (3, 4) if site.has(i)]
     args = [*(site.ref(i) for i in range(3)), *norms, site.ref(5), site.ref(6), result(), state("state", "k"),
             state("state", "v"), *BATCH]
-    return [call("rope_append", args, (site.capacity(site.operand(0).type.shape), heads + 2 * kv_heads), HQ=heads,
-                 HKV=kv_heads, D=dim, BD=power(dim), HALF=inner(site.operand(5).type.shape), PAGE=site.page,
-                 SQ=site.stride(0), SK=site.stride(1), SV=site.stride(2), EPS=site.real("eps"), Q_NORM=site.has(3),
-                 K_NORM=site.has(4), KV=site.cached, WARPS=1)]
+    tokens, programs = site.capacity(site.operand(0).type.shape), heads + 2 * kv_heads
+    shape: dict[str, Param] = {
+        "HQ": heads, "HKV": kv_heads, "D": dim, "BD": power(dim), "HALF": inner(site.operand(5).type.shape),
+        "PAGE": site.page, "SQ": site.stride(0), "SK": site.stride(1), "SV": site.stride(2), "EPS": site.real("eps"),
+        "Q_NORM": site.has(3), "K_NORM": site.has(4), "KV": site.cached}
+    if site.bucket.sequences < site.bucket.tokens:
+        return [call("rope_append_rows", args, (cdiv(tokens, ROPED), programs), BT=ROPED, WARPS=4, **shape)]
+    return [call("rope_append", args, (tokens, programs), WARPS=1, **shape)]
 
 
 def _appended_heads(site: Site) -> int:
@@ -76,10 +82,10 @@ def paged_attention(site: Site) -> list[Call]:
     pages = [state("state", "k"), state("state", "v")]
     group = power(heads // kv_heads)
     if site.bucket.sequences < site.bucket.tokens:  # prompts share their keys among many tokens
-        block = max(1, 64 // group)
+        block = max(1, ROWS // group)
         return [call("attention_prefill", [site.ref(0), *gate, result(), *pages, *BATCH],
-                     (cdiv(tokens, block), kv_heads), BT=block, BG=group, BS=KEYS if dim <= 128 else KEYS // 2,
-                     WARPS=8, STAGES=2, **shared, **gated, **caches)]
+                     (cdiv(tokens, block), kv_heads), BT=block, BG=group, BS=KEYS, PIPE=2, WARPS=8, **shared, **gated,
+                     **caches)]
     splits = SPLITS if site.decode else FEW
     part = scratch("part", tokens * heads * splits * dim, "f32")
     score = scratch("score", tokens * heads * splits, "f32")
@@ -92,7 +98,7 @@ def paged_attention(site: Site) -> list[Call]:
 
 
 def delta_net(site: Site) -> list[Call]:
-    """One launch when decoding; convolution, ring, rule and gated norm in prefill."""
+    """One launch when decoding; convolution, chunks, scan and gated norm in prefill."""
     site.stated("conv")
     site.stated("delta")
     sizes: dict[str, Param] = {"HK": site.integer("key_heads"), "HV": site.integer("value_heads"),
@@ -104,30 +110,14 @@ def delta_net(site: Site) -> list[Call]:
     weights = Ref("blob", index=4, layout="channels", part="w")
     conv: dict[str, Param] = {"TAPS": taps, "RING": site.ring, "SX": site.stride(0)}
     gates: dict[str, Param] = {"SB": site.stride(2), "SA": site.stride(3)}
-    if site.decode:
+    if site.bucket.sequences == site.bucket.tokens:
         args = [*(site.ref(i) for i in range(4)), weights, *(site.ref(i) for i in (5, 6, 7)), state("conv"),
                 state("delta"), result(), *SPANS]
         if site.bucket.tokens == 1:
             return [call("delta_one", args[:-4] + args[-3:-1], (hv,), **sizes, TAPS=taps, RING=site.ring,
                          EPS=site.real("eps"), WARPS=CHOICE["delta"]["WARPS"])]
-        return [call("delta_step", args, (hv, site.bucket.sequences), **sizes, **conv, **gates, SZ=site.stride(1),
-                     EPS=site.real("eps"), WARPS=4)]
-    return _delta_prefill(site, sizes, conv, gates, weights)
-
-
-def _delta_prefill(site: Site, sizes: dict[str, Param], conv: dict[str, Param], gates: dict[str, Param],
-                   weights: Ref) -> list[Call]:
-    hv, dv = int(sizes["HV"]), int(sizes["DV"])
-    tokens, channels = site.capacity(site.operand(0).type.shape), inner(site.operand(0).type.shape)
-    block, bv = min(1024, power(channels)), min(dv, 16)
-    mixed, o = scratch("mixed", tokens * channels, "bf16"), scratch("o", tokens * hv * dv, "bf16")
-    columns: dict[str, Param] = {"C": channels, "BC": block}
-    return [
-        call("delta_conv", [site.ref(0), weights, state("conv"), mixed, TOKEN_SEQ, *SPANS],
-             (tokens, cdiv(channels, block)), **columns, **conv),
-        call("delta_keep", [site.ref(0), state("conv"), *SPANS], (site.bucket.sequences, cdiv(channels, block)),
-             **columns, **conv),
-        call("delta_rule", [mixed, site.ref(2), site.ref(3), site.ref(5), site.ref(6), state("delta"), o, *SPANS],
-             (hv, dv // bv, site.bucket.sequences), **sizes, **gates, BV=bv, WARPS=1),
-        call("rms_norm", [o, site.ref(7), site.ref(1), result(), COUNTS], (tokens * hv,), ROWS=0, TIMES=1, HEADS=hv,
-             D=dv, BD=dv, SX=hv * dv, SR=0, SZ=site.stride(1), EPS=site.real("eps"), ADD=False, GATE=True, WARPS=1)]
+        gates |= {"SZ": site.stride(1), "EPS": site.real("eps")}
+        if site.decode:
+            return [call("delta_step", args, (hv, site.bucket.sequences), **sizes, **conv, **gates, WARPS=4)]
+        return [call("delta_batch", args, (int(sizes["HK"]), site.bucket.sequences), **sizes, **conv, **gates, WARPS=4)]
+    return chunked(site, sizes, conv, gates, weights)

@@ -18,10 +18,14 @@ from qcn_compile.ir.graph import Location, Op, Value
 from qcn_compile.ir.optable import TABLE
 from qcn_compile.ir.types import BatchType, DType, StateKind, StateRef, StateType, TensorType, parse_type
 from qcn_compile.targets.base import Bucket, Call, Kernel, Operand, Ref
+from qcn_compile.targets.triton.lowering.site import FEW
 from qcn_compile.targets.triton.target import GpuTarget
 
 DECODE_1, DECODE_8 = Bucket("decode-1", 1, 1, 1), Bucket("decode-8", 8, 8, 8)
-PREFILL = Bucket("prefill-64", 64, 16, 64)
+DECODE_4, DECODE_64 = Bucket("decode-4", 4, 4, 4), Bucket("decode-64", 64, 64, 64)
+PREFILL, LONG = Bucket("prefill-64", 64, 16, 64), Bucket("prefill-192", 192, 16, 64)
+WIDE = Bucket("prefill-2048", 2048, 16, 64)  # capacity only: as many tokens take large tiles
+PRODUCTS = {"linear": 1, "linear_add": 1, "moe_experts": 3, "moe_add": 3}  # op: its operand with the weight of x
 BF16, FP8 = Encoding("bf16"), Encoding("fp8", 128)
 VECTOR = Encoding()
 
@@ -152,7 +156,9 @@ class Trial:
         for value, kind in self.case.values.items():
             shape = self._shape(value.tensor)
             if kind[0] == "weight":
-                self.plain[value] = from_bf16(to_bf16(self.rng.standard_normal(shape) * kind[2]))
+                drawn = self.rng.standard_normal(shape)
+                drawn = np.abs(drawn) if kind[2] < 0 else drawn  # a negative scale: all negative, like log decays
+                self.plain[value] = from_bf16(to_bf16(drawn * kind[2]))
             elif kind[2] is not None:
                 high = self.sizes[kind[2][1]] if isinstance(kind[2][1], str) else kind[2][1]
                 self.plain[value] = self.rng.integers(kind[2][0], high, shape, dtype=np.int32)
@@ -276,11 +282,20 @@ class Trial:
         found = []
         for op in self.case.ops:
             attrs = {k: v.name if isinstance(v, StateRef) else v for k, v in op.attrs.items()}
-            made = TABLE[op.name].reference(*[known[v] if v is not None else None for v in op.operands], **attrs)
+            operands = [known[v] if v is not None else None for v in op.operands]
+            if self._narrow(op):
+                operands[0] = torch.from_numpy(through_e4m3(operands[0].numpy()))
+            made = TABLE[op.name].reference(*operands, **attrs)
             for value, tensor in zip(op.results, made if isinstance(made, tuple) else (made,), strict=True):
                 known[value] = tensor
                 found.append((value.name, self._read(after[f"value {value.name}"], value.tensor), tensor.numpy()))
         return found
+
+    def _narrow(self, op: Op) -> bool:
+        """Whether the op multiplies fp8 weights with activations rounded to e4m3."""
+        weight = op.operands[PRODUCTS[op.name]] if op.name in PRODUCTS else None
+        few = self.case.bucket.tokens <= FEW
+        return weight is not None and self.target.narrow and not few and self.case.values[weight][1].format == "fp8"
 
     def _read(self, line: np.ndarray, type_: TensorType) -> np.ndarray:
         shape = self._shape(type_)
@@ -331,6 +346,16 @@ def _stored(data: np.ndarray, dtype: DType) -> np.ndarray:
 def _encoded(data: np.ndarray, encoding: Encoding) -> np.ndarray:
     codes, scales = quantize(data, encoding)
     return dequantize(codes, scales, encoding, data.shape[-1])
+
+
+def through_e4m3(x: np.ndarray) -> np.ndarray:
+    """x [T, K] rounded to e4m3 in groups of 128 columns whose largest becomes 448."""
+    out = np.empty_like(x)
+    for start in range(0, x.shape[1], 128):
+        group = x[:, start:start + 128]
+        scale = np.maximum(np.abs(group).max(1, keepdims=True), 1e-12) / np.float32(448)
+        out[:, start:start + 128] = torch.from_numpy(group / scale).to(torch.float8_e4m3fn).float().numpy() * scale
+    return out
 
 
 def strided(data: np.ndarray, more: int) -> np.ndarray:
