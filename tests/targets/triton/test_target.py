@@ -21,7 +21,8 @@ def test_targets_by_name() -> None:
     for name in GPUS:
         target = load_target(name)
         assert (target.name, target.kind, target.dtype) == (name, "gpu", "bf16")
-    assert GpuTarget("h200").describe() == {"arch": 90, "shared": 232448}
+    assert GpuTarget("h200").describe() == {"arch": 90, "shared": 232448,
+                                            "limits": {"read": 4800.0, "flops": 989000.0}}
     with pytest.raises(UsageError, match="--target h300: unknown; choose cpu, null"):
         load_target("h300")
 
