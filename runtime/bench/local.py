@@ -132,6 +132,8 @@ def speed(side: Side, job: dict[str, Any], samples: list[dict[str, Any]], limits
     row |= {"events_seconds": median(events)} if events else {}
     if job["what"] == "prefill":
         chunks = job["context"] / plan["tokens"]
+        if plan["sequences"] > 1:  # its bytes count caches of sequences that are not there: only FLOPs tell the share
+            limits = {**limits, "read": math.inf} if limits else {}
         return against(row, seconds, math.ceil(chunks) * plan["bytes"], chunks * plan["flops"], limits)
     return against(row, seconds, plan["bytes"], plan["flops"], limits if job["batch"] == plan["tokens"] else {})
 

@@ -47,7 +47,8 @@ def test_beside_itself(build: Path, command: str, capsys: pytest.CaptureFixture[
         assert one["tokens"] == 4 and 1e3 * one["seconds"] > one["load_ms"] > 0
         return
     assert one["plan"] == {"prefill": "prefill-64", "decode": "decode-1"}[command]
-    bound = max(one["bytes"] / 10e9, one["flops"] / 100e9)
+    read = one["bytes"] / 10e9 if command == "decode" else 0  # prefill: room for several sequences
+    bound = max(read, one["flops"] / 100e9)
     assert one["of_limit"] == pytest.approx(bound / one["seconds"])
     text = "\n".join(table(data))
     assert f"limits measured now: read {LIMITS['read']}" in text and " x as fast" in text
