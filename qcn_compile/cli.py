@@ -43,6 +43,8 @@ def parser() -> argparse.ArgumentParser:
                      "text, like what the model will read: int4 codes are chosen by what they do to it (GPTQ)")
     top.add_argument("--kv-cache-dtype", choices=["auto", "bf16", "fp8", "fp8_e4m3"],
                      help="type that keys and values are cached in: fp8 (e4m3, GPU targets) halves them")
+    top.add_argument("--mamba-ssm-dtype", choices=["float32", "bfloat16"],
+                     help="type of DeltaNet states (default: the checkpoint's, else float32); bfloat16 for CPU targets")
     top.add_argument("--context-length", type=int, help="longest sequence (default: the model's limit)")
     top.add_argument("--weights", choices=["copied", "late", "dummy"],
                      help="copied into the build (default), bound from the checkpoint by qcn-run --model (late), or "
@@ -92,7 +94,8 @@ def _run(args: argparse.Namespace) -> int:
     tracing = Tracing(args.verify, tuple(filter(None, [args.print_ir_after])), args.dump_dir, args.stop_after)
     options = Options(dtype=args.dtype, quant=args.quant, activations=args.activations, mcpu=args.mcpu,
                       context_length=args.context_length, mtp=args.mtp, weights=args.weights, force=args.force,
-                      calibrate=args.calibrate, kv=args.kv_cache_dtype, tracing=tracing,
+                      calibrate=args.calibrate, kv=args.kv_cache_dtype, states=args.mamba_ssm_dtype,
+                      tracing=tracing,
                       disabled=tuple(args.disable_pass), plugins=tuple(args.plugin), **command.wishes(args))
     if args.emit != "build":
         return _emit_onnx(args, options)
@@ -145,6 +148,7 @@ def summary(built: Built) -> str:
         *([("calibrated", "GPTQ", "calibrated")] if "calibrated" in decision.reasons else []),
         ("layout", str(decision.layout), "layout"), ("activations", decision.activations, "activations"),
         ("KV cache", decision.kv, "kv"),
+        ("states", decision.states, "states"),
         ("context", str(decision.context_length), "context_length")]]
     text += ["  " + ", ".join(f"{name} {seconds:.1f} s" for name, seconds in built.seconds.items())]
     return "\n".join([*text, f"run it: qcn-run {built.path} --prompt 'def fib(n):'"])

@@ -62,6 +62,7 @@ class Options:
     calibrate: str | Path | None = None
     weights: str | None = None
     kv: str | None = None
+    states: str | None = None
     mcpu: str | None = None
     mtp: bool = False
     gpus: int | None = None
@@ -183,7 +184,8 @@ def _front(model: str | Path | None, target: str, options: Options, clock: Clock
         traced = trace_model(located, DType(chosen.dtype), options.mtp and options.weights == "dummy")
         tell("trace", 1, 1)
     return chosen, located, traced, decide(traced, chosen, verdict, options.dtype, options.quant,
-                                           options.activations, options.context_length, options.kv)
+                                           options.activations, options.context_length, options.kv,
+                                           options.states)
 
 
 def _weights_mode(options: Options, target: Target, traced: Traced, located: Located) -> str:
@@ -228,7 +230,8 @@ def _optimise(graph: Graph, decision: Decision, context: PassContext, options: O
         pipeline = Pipeline(list(options.pipeline.passes))
     else:
         pipeline = Pipeline.default(base=decision.base, activations=decision.activations,
-                                    formats=decision.formats, kv=None if decision.kv == "bf16" else decision.kv)
+                                    formats=decision.formats, kv=None if decision.kv == "bf16" else decision.kv,
+                                    states=decision.states)
     for plugin in load_plugins(options.plugins):
         plugin.configure(pipeline)
     for name in options.disabled:

@@ -17,7 +17,7 @@ from qcn_compile.runtime.prefix.options import add_prefix_flags, prefix_options
 from qcn_compile.runtime.replicas.options import OFF, add_replica_flags
 from qcn_compile.runtime.replicas.options import check as check_replicas
 from qcn_compile.runtime.server.flags import add_server_flags, cache_budget
-from qcn_compile.runtime.server.sglang import add_sglang_flags, check_sglang_flags
+from qcn_compile.runtime.server.sglang import add_sglang_flags, check_sglang_flags, check_state_type
 from qcn_compile.runtime.speculation.options import add_speculation_flags, speculation_options
 
 if TYPE_CHECKING:
@@ -170,13 +170,17 @@ def _load(arguments: argparse.Namespace, checkpoint: Checkpoint | None) -> Model
     prefix, speculation = prefix_options(arguments), speculation_options(arguments)
     if checkpoint is not None:
         checkpoint.compile()
+    check_state_type(arguments.build, arguments.mamba_ssm_dtype)
     running, chunk = arguments.max_running_requests, arguments.prefill_chunk
     if running is None:
         running = RUNNING if arguments.port is None and arguments.batch is None else SERVED
+    if arguments.disable_radix_cache and arguments.max_mamba_cache_size is not None:
+        running = min(running, arguments.max_mamba_cache_size)  # no cached prefixes: all states are of running ones
     with Progress() as progress:
         model = load(arguments.build, context_length=arguments.context_length, threads=arguments.threads,
                      max_running_requests=running, prefill_chunk=None if chunk == -1 else chunk,
-                     cache_memory=cache_budget(arguments), huge_pages=arguments.huge_pages,
+                     cache_memory=cache_budget(arguments), memory_share=arguments.mem_fraction_static,
+                     huge_pages=arguments.huge_pages,
                      verify=arguments.verify, model=arguments.model, prefix=prefix, speculation=speculation,
                      overrides=arguments.json_model_override_args, embedding_on_host=arguments.embedding_on_host,
                      report=progress.report)

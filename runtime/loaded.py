@@ -22,7 +22,7 @@ from qcn_compile.runtime.cuda.executable import CudaExecutable, open_cuda
 from qcn_compile.runtime.device import CpuDevice, check_processor, processor_flags, usable
 from qcn_compile.runtime.engine import Engine, EngineConfig, check_tokens
 from qcn_compile.runtime.executable import Executable
-from qcn_compile.runtime.memory import MemoryPlan, plan_memory
+from qcn_compile.runtime.memory import MemoryPlan, memory_bytes, plan_memory, shared_budget
 from qcn_compile.runtime.output import Output
 from qcn_compile.runtime.prefix.build import prefix_cache
 from qcn_compile.runtime.prefix.options import PrefixOptions
@@ -41,16 +41,18 @@ Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 
 
 def load(build: str | PathLike[str], *, context_length: int | None = None, max_running_requests: int = 4,
-         threads: int | None = None, cache_memory: int | None = None, prefill_chunk: int | None = None,
-         huge_pages: bool = False, pin: bool = False, verify: bool = False, model: str | PathLike[str] | None = None,
-         prefix: PrefixOptions | None = None, speculation: SpeculationOptions | None = None, overrides: str = "{}",
+         threads: int | None = None, cache_memory: int | None = None, memory_share: float | None = None,
+         prefill_chunk: int | None = None, huge_pages: bool = False, pin: bool = False, verify: bool = False,
+         model: str | PathLike[str] | None = None, prefix: PrefixOptions | None = None,
+         speculation: SpeculationOptions | None = None, overrides: str = "{}",
          embedding_on_host: bool = False, report: Report | None = None) -> Model:
-    """Open a build. `cache_memory` in bytes bounds KV pages and state slots; `prefill_chunk` prompt tokens a step.
+    """Open a build. `cache_memory` in bytes bounds KV pages and state slots, `memory_share` these and the weights.
 
+    `prefill_chunk`: prompt tokens a step.
     `huge_pages` copies the weights into huge pages, `pin` binds threads to cores, `verify` hashes every file, `model`
     is the checkpoint that a build without weights takes them from, `prefix` switches the prefix cache on, `speculation`
-    drafting. `overrides`: JSON over the model's config, of its rope parameters only; `context_length` may then be as
-    long as they allow. `embedding_on_host` keeps a GPU build's table of tokens in pinned host memory.
+    drafting. `overrides`: JSON over the rope parameters; `context_length` may then be as long as they allow.
+    `embedding_on_host` keeps a GPU build's table of tokens in pinned host memory.
     Raises ArtifactError, CapacityError, UsageError or DeviceError with the cure in the message.
     """
     if threads is not None and threads < 1:
@@ -70,10 +72,13 @@ def load(build: str | PathLike[str], *, context_length: int | None = None, max_r
     if manifest.target.get("kind") == "gpu":
         checkpoint = None if model is None else Path(model)
         device, executable, memory = open_cuda(path, manifest, context_length, max_running_requests, cache_memory,
-                                               checkpoint, report, prefix, speculation is not None, embedding_on_host)
+                                               checkpoint, report, prefix, speculation is not None, memory_share,
+                                               embedding_on_host)
     else:
         if embedding_on_host:
             raise UsageError("--embedding-on-host: a CPU build's weights lie in host memory anyway; leave it out")
+        if memory_share is not None:
+            cache_memory = shared_budget(memory_share, memory_bytes(), _weight_bytes(path, manifest))
         memory = plan_memory(manifest, context_length, max_running_requests, cache_memory, prefix,
                              speculation is not None)
         device, executable = _open_cpu(path, manifest, memory, threads or settings.threads(), pin, huge_pages, report)
@@ -86,6 +91,10 @@ def load(build: str | PathLike[str], *, context_length: int | None = None, max_r
         raise
     loaded.load_seconds = time.perf_counter() - started
     return loaded
+
+
+def _weight_bytes(path: Path, manifest: Manifest) -> int:
+    return sum((path / name).stat().st_size for name in manifest.weights.get("files", ()))
 
 
 def _open_cpu(path: Path, manifest: Manifest, memory: MemoryPlan, threads: int, pin: bool, huge_pages: bool,
@@ -289,7 +298,7 @@ def _speculation(options: SpeculationOptions | None, memory: MemoryPlan,
                          "(Qwen3-Next-80B-A3B has, Qwen3-Coder-Next ships none), build again with qcn-compile --mtp; "
                          "otherwise use --speculative-algorithm ngram")
     drafter = MtpDrafter(executable) if options.algorithm == MTP else LookupDrafter()
-    return Speculation(executable.rows, memory.slots + memory.snapshots, options.count, drafter)
+    return Speculation(memory.slots, options.count, drafter)
 
 
 def _no_text(token: int) -> bytes:

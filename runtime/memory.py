@@ -22,7 +22,7 @@ class MemoryPlan:
     """The caches of one loaded model. Bytes are reserved; only what requests fill is touched.
 
     slots: of running sequences. snapshots: slots besides, for cached prefixes. host_bytes: for more of these.
-    backups: slots besides, for states that refused drafts are rolled back to.
+    drafts: slots besides, a second one for each running sequence, which steps with drafts write to.
     """
 
     context_length: int
@@ -33,12 +33,17 @@ class MemoryPlan:
     state_bytes: int
     snapshots: int = 0
     host_bytes: int = 0
-    backups: int = 0
+    drafts: int = 0
+
+    @property
+    def state_slots(self) -> int:
+        """Slots that steps read and write: running sequences' first, then their second ones."""
+        return self.slots + self.drafts
 
     @property
     def all_slots(self) -> int:
-        """Running sequences', then snapshots', then backups."""
-        return self.slots + self.snapshots + self.backups
+        """Those of steps, then snapshots'."""
+        return self.state_slots + self.snapshots
 
     @property
     def tokens(self) -> int:
@@ -47,13 +52,16 @@ class MemoryPlan:
 
     def __str__(self) -> str:
         prefixes = f" + {self.snapshots} for cached prefixes" if self.snapshots else ""
-        prefixes += f" + {self.backups} for refused drafts" if self.backups else ""
+        prefixes += f" + {self.drafts} for drafts" if self.drafts else ""
         host = f", {self.host_bytes / 1e6:.1f} MB of host memory for prefixes" if self.host_bytes else ""
         contexts = min(self.slots, self.tokens // self.context_length)
+        each = self.kv_bytes / self.tokens if self.tokens else 0.0
+        state = self.state_bytes / self.all_slots if self.all_slots else 0.0
+        costs = f" (a sequence costs {state / 1e6:.2f} MB, and {each / 1e3:.2f} kB for each of its tokens)"
         return (f"KV cache {self.pages} pages x {self.page_size} = {self.tokens} tokens ({self.kv_bytes / 1e6:.1f} MB)"
                 f", {self.slots}{prefixes} state slots ({self.state_bytes / 1e6:.1f} MB): "
-                f"{self.slots} sequences at once, {contexts} of them with all {self.context_length} tokens{host}, "
-                "touched as they fill")
+                f"{self.slots} sequences at once, {contexts} of them with all {self.context_length} tokens{costs}"
+                f"{host}, touched as they fill")
 
 
 def plan_memory(manifest: Manifest, context_length: int | None, max_running: int, budget: int | None,
@@ -73,12 +81,12 @@ def plan_memory(manifest: Manifest, context_length: int | None, max_running: int
     page_bytes = sum(cache.unit_bytes for cache in manifest.caches if cache.kind == "kv")
     slot_bytes = sum(cache.unit_bytes for cache in manifest.caches if cache.kind != "kv")
     each = -(-context // manifest.page_size)
-    limit = int(_memory_bytes() * DEFAULT_SHARE) if budget is None else budget
+    limit = int(memory_bytes() * DEFAULT_SHARE) if budget is None else budget
     if prefix is not None and prefix.states is not None:
         max_running = min(max_running, prefix.states)
-    backups = max_running if speculate else 0
-    snapshots = _snapshots(prefix, limit, slot_bytes, max_running + backups, each * page_bytes)
-    states = max_running + backups + snapshots
+    drafts = max_running if speculate else 0
+    snapshots = _snapshots(prefix, limit, slot_bytes, max_running, drafts, each * page_bytes)
+    states = max_running + drafts + snapshots
     left = limit - states * slot_bytes
     pages = min(max_running * each, left // page_bytes if page_bytes else max_running * each)
     if pages < each:
@@ -89,19 +97,33 @@ def plan_memory(manifest: Manifest, context_length: int | None, max_running: int
                             "or raise --cache-memory")
     host = 0
     if prefix is not None:
-        host = int(_memory_bytes() * HOST_SHARE) if prefix.host_bytes is None else prefix.host_bytes
+        host = int(memory_bytes() * HOST_SHARE) if prefix.host_bytes is None else prefix.host_bytes
     return MemoryPlan(context, manifest.page_size, pages, max_running, pages * page_bytes,
-                      states * slot_bytes, snapshots, host, backups)
+                      states * slot_bytes, snapshots, host, drafts)
 
 
-def _snapshots(prefix: PrefixOptions | None, limit: int, slot_bytes: int, running: int, context_bytes: int) -> int:
-    """Slots for cached prefixes: as many as asked for, else by the ratio, but one whole context must fit, too."""
+def _snapshots(prefix: PrefixOptions | None, limit: int, slot_bytes: int, running: int, drafts: int,
+               context_bytes: int) -> int:
+    """Slots for cached prefixes: as many as asked for (drafts' come on top), else by the ratio, but one whole context
+    must fit, too."""
     if prefix is None or not slot_bytes:
         return 0
     if prefix.states is not None:
         return max(0, prefix.states - running)
     by_ratio = int(limit * prefix.ratio / (1 + prefix.ratio)) // slot_bytes
-    return max(0, min(by_ratio, (limit - context_bytes) // slot_bytes, running + MOST_SNAPSHOTS) - running)
+    return max(0, min(by_ratio, (limit - context_bytes) // slot_bytes, running + MOST_SNAPSHOTS) - running - drafts)
+
+
+def shared_budget(share: float, total: int, weights: int) -> int:
+    """Bytes for caches when they and the weights together take `share` of the memory, as SGLang counts.
+
+    Raises CapacityError when the weights alone take more.
+    """
+    left = int(total * share) - weights
+    if left < 0:
+        raise CapacityError(f"--mem-fraction-static {share:g} of {total / 1e9:.1f} GB is less than the weights, "
+                            f"{weights / 1e9:.1f} GB; raise it")
+    return left
 
 
 def page_part_bytes(cache: CacheSpec) -> int:
@@ -113,7 +135,7 @@ def page_part_bytes(cache: CacheSpec) -> int:
     return part
 
 
-def _memory_bytes(limit: Path = Path("/sys/fs/cgroup/memory.max")) -> int:
+def memory_bytes(limit: Path = Path("/sys/fs/cgroup/memory.max")) -> int:
     """Memory of the machine, or of the container this process runs in."""
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     text = limit.read_text().strip() if limit.is_file() else "max"

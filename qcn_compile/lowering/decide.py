@@ -28,6 +28,7 @@ from qcn_compile.targets.spec import chip_of
 
 KV = {"auto": "bf16", "bf16": "bf16", "fp8": "f8e4m3", "fp8_e4m3": "f8e4m3"}  # by SGLang's names
 FIRST_E4M3 = 89  # cards from this architecture on convert e4m3
+STATES = {"float32": "f32", "bfloat16": "bf16"}  # of DeltaNet, by SGLang's names
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class Decision:
     rejected: tuple[dict[str, str], ...] = ()
     verdict: dict[str, Any] = field(default_factory=dict)
     kv: str = "bf16"
+    states: str = "f32"
 
     def to_json(self) -> dict[str, object]:
         """All of it, as the report holds it."""
@@ -81,7 +83,8 @@ def plan_for(name: str, config: Mapping[str, Any], target: Target, dtype: str | 
 
 
 def decide(traced: Traced, target: Target, verdict: Verdict | None, dtype: str | None, quant: str,
-           activations: str | None, context_length: int | None, kv: str | None = None) -> Decision:
+           activations: str | None, context_length: int | None, kv: str | None = None,
+           states: str | None = None) -> Decision:
     """What a build does, by the verdict where there is one. Raises UsageError naming what is impossible."""
     reasons: dict[str, str] = {}
     elements = _elements(traced.main)
@@ -103,7 +106,7 @@ def decide(traced: Traced, target: Target, verdict: Verdict | None, dtype: str |
                     data["memory"]["weights"] * verdict.chosen.layout.ranks if verdict else size, reasons,
                     {kind: scheme.format_of(kind) for kind in ("experts", "dense", "head")},
                     verdict.chosen.layout if verdict else Layout(), tuple(data.pop("rejected", ())), data,
-                    kv_type(kv, target, reasons))
+                    kv_type(kv, target, reasons), _states(states, traced, target, reasons))
 
 
 def _elements(graph: Graph) -> int:
@@ -151,6 +154,20 @@ def kv_type(asked: str | None, target: Target, reasons: dict[str, str]) -> str:
     if found == "f8e4m3" and isinstance(arch, int) and arch < FIRST_E4M3:
         raise UsageError(f"--kv-cache-dtype {asked}: {target.name} (sm_{arch}) has no e4m3 numbers; leave it out")
     return found
+
+
+def _states(asked: str | None, traced: Traced, target: Target, reasons: dict[str, str]) -> str:
+    """The type of DeltaNet states: as asked for, else as the checkpoint's config says, else fp32."""
+    if asked is not None and asked not in STATES:
+        raise UsageError(f"--mamba-ssm-dtype {asked}: choose float32 or bfloat16")
+    if target.kind == "gpu":
+        if asked == "bfloat16":
+            raise UsageError("--mamba-ssm-dtype bfloat16: GPU kernels keep states in float32; leave it out")
+        reasons["states"] = "GPU kernels keep states in float32"
+        return "f32"
+    config = str(traced.config.get("mamba_ssm_dtype") or "float32")
+    reasons["states"] = "asked for with --mamba-ssm-dtype" if asked else "the checkpoint's config, or the default"
+    return STATES.get(asked or config, "f32")
 
 
 def _activations(asked: str | None, formats: tuple[str, ...], target: Target, reasons: dict[str, str]) -> str:

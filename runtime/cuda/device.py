@@ -83,6 +83,10 @@ class CudaDevice:
         """Memory nobody has taken."""
         return int(self.driver("cuMemGetInfo")[0])
 
+    def total_bytes(self) -> int:
+        """Memory of the card."""
+        return int(self.driver("cuMemGetInfo")[1])
+
     def allocate(self, nbytes: int) -> int:
         """Device memory until the device closes. Raises CapacityError when there is not enough."""
         pointer = self.driver("cuMemAlloc", max(nbytes, 64))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,9 @@ from qcn_compile.runtime.cuda.hidden import HiddenStates
 from qcn_compile.runtime.cuda.rows import CudaRows, Group
 from qcn_compile.runtime.cuda.sampling import WIDTH, SlotArrays, write_choice, write_likeliest
 from qcn_compile.runtime.cuda.stage import Stage
-from qcn_compile.runtime.cuda.weights import DeviceWeights, look_ups
+from qcn_compile.runtime.cuda.weights import DeviceWeights, look_ups, total_bytes
 from qcn_compile.runtime.executable import Plans
-from qcn_compile.runtime.memory import MemoryPlan, plan_memory
+from qcn_compile.runtime.memory import MemoryPlan, plan_memory, shared_budget
 from qcn_compile.runtime.prefix.options import PrefixOptions
 from qcn_compile.runtime.speculation.chain import following, last_rows
 from qcn_compile.runtime.weights import Report
@@ -38,10 +39,11 @@ KERNELS = "kernels"
 
 def open_cuda(build: Path, manifest: Manifest, context_length: int | None, max_running: int, budget: int | None,
               model: Path | None = None, report: Report | None = None, prefix: PrefixOptions | None = None,
-              speculate: bool = False, embedding_on_host: bool = False
+              speculate: bool = False, share: float | None = None, embedding_on_host: bool = False
               ) -> tuple[CudaDevice, CudaExecutable, MemoryPlan]:
-    """The first visible GPU with a build loaded. `budget` bytes for caches; None: what the weights leave.
-    embedding_on_host: the table of tokens in pinned host memory, its rows read over the bus.
+    """The first visible GPU with a build loaded. `budget` bytes for caches; None: what the weights leave, or what they
+    leave of a `share` of the card. embedding_on_host: the table of tokens in pinned host memory, its rows read over the
+    bus.
 
     Raises ArtifactError for another card's build, CapacityError when the weights or one context do not fit.
     """
@@ -55,8 +57,10 @@ def open_cuda(build: Path, manifest: Manifest, context_length: int | None, max_r
         if fixed > free:
             raise CapacityError(f"{device.name} has {free / 1e9:.1f} GB free, weights and workspace need "
                                 f"{fixed / 1e9:.1f} GB; end other programs that use it, or build with --quant fp8")
-        memory = plan_memory(manifest, context_length, max_running, min(budget or free, free - fixed), prefix,
-                             speculate)
+        if share is not None:
+            budget = shared_budget(share, device.total_bytes(), total_bytes(build, manifest.weights, on_host))
+        most = free - fixed if budget is None else min(budget, free - fixed)
+        memory = plan_memory(manifest, context_length, max_running, most, prefix, speculate)
         weights = DeviceWeights(build, manifest.weights, device, model, report, on_host)
         return device, CudaExecutable(build, manifest, device, weights, memory), memory
     except Exception:
@@ -122,7 +126,7 @@ class CudaExecutable(Plans):
     def launch(self, spans: Sequence[Span], picks: Sequence[Pick | None]) -> CudaStep:
         """Start a step; one pick a wanted row. The step before may still run. Raises as `run` does."""
         plan = self.select(*demand(spans))
-        stage, rows = self._staged(plan, spans)
+        stage, rows = self._staged(plan, [self._moved(span) for span in spans])
         write_choice(self._inputs.arrays["choice"].reshape(-1, WIDTH), picks)
         self._start(plan, stage, rows, picks)
         return CudaStep(self, plan, stage, rows)
@@ -183,6 +187,13 @@ class CudaExecutable(Plans):
             self._return(plan, stage, rows, picks)
         except DeviceError as error:
             raise self._stopped(plan, error) from None
+
+    def _moved(self, span: Span) -> Span:
+        """GPU kernels write a state where they read it: one that goes elsewhere is copied there first."""
+        if span.into is None:
+            return span
+        self.rows.copy_state(span.slot, span.into)
+        return replace(span, slot=span.into, into=None)
 
     def wait(self, plan: Plan, stage: Stage) -> None:
         """Until the last step from a stage has ended."""

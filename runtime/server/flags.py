@@ -10,22 +10,16 @@ from qcn_compile.runtime.server.config import Limits
 
 
 def cache_budget(arguments: argparse.Namespace) -> int | None:
-    """Bytes for KV pages and states, from --cache-memory or SGLang's --mem-fraction-static; None: the default."""
-    share, memory = arguments.mem_fraction_static, arguments.cache_memory
-    if share is None:
-        return None if memory is None else int(memory * 1e9)
-    if memory is not None:
-        raise UsageError("--mem-fraction-static and --cache-memory exclude each other")
-    if not 0 < share < 1:
-        raise UsageError(f"--mem-fraction-static {share:g}: must be between 0 and 1")
-    from qcn_compile.artifact import read_manifest
-    from qcn_compile.runtime.memory import _memory_bytes
+    """Bytes for KV pages and states from --cache-memory; None: the default, or what --mem-fraction-static leaves.
 
-    manifest = read_manifest(arguments.build)
-    if manifest.target.get("kind") == "gpu":
-        raise UsageError("--mem-fraction-static: not built yet for GPU builds; use --cache-memory GB")
-    weights = sum((arguments.build / name).stat().st_size for name in manifest.weights.get("files", ()))
-    return max(0, int(_memory_bytes() * share) - weights)
+    Raises UsageError when both are given, or the share is none.
+    """
+    share, memory = arguments.mem_fraction_static, arguments.cache_memory
+    if share is not None and memory is not None:
+        raise UsageError("--mem-fraction-static and --cache-memory exclude each other")
+    if share is not None and not 0 < share < 1:
+        raise UsageError(f"--mem-fraction-static {share:g}: must be between 0 and 1")
+    return None if memory is None else int(memory * 1e9)
 
 
 def add_server_flags(parser: argparse.ArgumentParser) -> None:

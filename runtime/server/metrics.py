@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import time
+from bisect import bisect_left
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import accumulate
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily
+from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
+from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
 
 from qcn_compile.runtime.output import Output
@@ -28,6 +31,23 @@ class _Total(Collector):
         yield CounterMetricFamily(self._name, self._text, value=self._read())
 
 
+class _Histogram(Collector):
+    """Counts by bucket, added up when they are read: an observation comes with every token."""
+
+    def __init__(self, name: str, text: str, buckets: Sequence[float]) -> None:
+        self._name, self._text, self._buckets = name, text, buckets
+        self._counts, self._sum = [0] * (len(buckets) + 1), 0.0
+
+    def observe(self, value: float) -> None:
+        self._counts[bisect_left(self._buckets, value)] += 1
+        self._sum += value
+
+    def collect(self) -> Iterator[HistogramMetricFamily]:
+        names = [*(str(float(edge)) for edge in self._buckets), "+Inf"]
+        buckets = list(zip(names, accumulate(self._counts), strict=True))
+        yield HistogramMetricFamily(self._name, self._text, buckets=buckets, sum_value=self._sum)
+
+
 class Metrics:
     """Counters of one server, in a registry of its own."""
 
@@ -35,14 +55,17 @@ class Metrics:
         self._registry = to = CollectorRegistry()
         self.requests = Counter("qcn_http_requests", "Answers by path and status", ["path", "status"], registry=to)
         self._ended = Counter("qcn_requests_finished", "Requests of the engine that ended", ["reason"], registry=to)
-        self._prompt = Counter("qcn_prompt_tokens", "Prompt tokens taken in", registry=to)
-        self._generated = Counter("qcn_generation_tokens", "Tokens generated", registry=to)
-        self._cached = Counter("qcn_cached_tokens", "Prompt tokens that were not computed again", registry=to)
-        self._ttft = Histogram("qcn_time_to_first_token_seconds", "Arrival to first token", buckets=_TTFT, registry=to)
-        self._itl = Histogram("qcn_inter_token_seconds", "Between two tokens of a request", buckets=_ITL, registry=to)
+        self._ttft = _Histogram("qcn_time_to_first_token_seconds", "Arrival to first token", _TTFT)
+        self._itl = _Histogram("qcn_inter_token_seconds", "Between two tokens of a request", _ITL)
+        to.register(self._ttft)
+        to.register(self._itl)
         self._finished = {reason: self._ended.labels(reason) for reason in ("stop", "length", "abort")}
         self._recent: deque[tuple[float, int]] = deque()
         self.totals = {"prompt_tokens": 0, "generated_tokens": 0, "cached_tokens": 0, "requests": 0}
+        for key, name, text in (("prompt_tokens", "qcn_prompt_tokens", "Prompt tokens taken in"),
+                                ("generated_tokens", "qcn_generation_tokens", "Tokens generated"),
+                                ("cached_tokens", "qcn_cached_tokens", "Prompt tokens that were not computed again")):
+            self.count(name, text, partial(self.totals.__getitem__, key))
 
     def gauge(self, name: str, text: str, read: Callable[[], float]) -> None:
         """A number read when it is asked for."""
@@ -60,7 +83,6 @@ class Metrics:
             self._begin(ticket)
         else:
             self._itl.observe(now - ticket.last_output)
-        self._generated.inc(count)
         self.totals["generated_tokens"] += count
         self._recent.append((now, count))
         while self._recent[0][0] < now - _WINDOW:
@@ -69,14 +91,12 @@ class Metrics:
             self._finished[output.finish_reason.value].inc()
 
     def _begin(self, ticket: Ticket) -> None:
-        self._prompt.inc(len(ticket.prompt))
         self.totals["prompt_tokens"] += len(ticket.prompt)
         self.totals["requests"] += 1
 
     def add_cached(self, count: int) -> None:
         """Prompt tokens that a cache saved."""
         if count:
-            self._cached.inc(count)
             self.totals["cached_tokens"] += count
 
     def rate(self) -> float:

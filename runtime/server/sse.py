@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
+from json.encoder import encode_basestring
 from typing import Any
 
 from starlette.requests import Request
@@ -23,6 +24,22 @@ def event(data: Any, name: str | None = None) -> bytes:
     """One server-sent event."""
     head = "" if name is None else f"event: {name}\n"
     return f"{head}data: {_encode(data)}\n\n".encode("utf-8", "replace")
+
+
+class TextEvent:
+    """An event that differs from others of its stream in one text only: all but that is encoded once.
+
+    `data` holds TEXT where the text goes.
+    """
+
+    TEXT = "\x00text\x00"
+
+    def __init__(self, data: Any) -> None:
+        self._before, self._after = event(data).split(json.dumps(self.TEXT).encode())
+
+    def __call__(self, text: str) -> bytes:
+        """The event with this text."""
+        return self._before + encode_basestring(text).encode("utf-8", "replace") + self._after
 
 
 DONE = b"data: [DONE]\n\n"

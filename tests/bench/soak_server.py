@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import threading
+from collections import Counter
 
 from qcn_compile.runtime.loaded import load
 from qcn_compile.runtime.prefix.options import PrefixOptions
@@ -18,8 +19,25 @@ from qcn_compile.runtime.server.config import ServerConfig
 from qcn_compile.runtime.server.launch import Server, listen, run
 from qcn_compile.runtime.server.service import Service
 
+ARENA, ARENA_PART = 64 << 20, 1 << 20  # malloc's arenas of threads
 SLOTS, CONTEXT = 64, 2048
 CACHE_BYTES, HOST_BYTES = 60_000_000, 16_000_000  # small: all of it was used before the first look at memory
+
+
+def resident():
+    """Resident megabytes of this process by what they are: its heap, files, caches and weights (large), the rest."""
+    parts, kind = Counter(), "other"
+    with open("/proc/self/smaps") as file:
+        for line in file:
+            words = line.split()
+            if "-" in words[0] and not words[0].endswith(":"):
+                low, high = (int(end, 16) for end in words[0].split("-"))
+                name = words[5] if len(words) > 5 else ""
+                kind = "heap" if name == "[heap]" else "files" if name.startswith("/") else (
+                    "arenas" if high - low == ARENA else "large" if high - low > 4 * ARENA_PART else "other")
+            elif words[0] == "Rss:":
+                parts[kind] += int(words[1]) / 1e3
+    return {name: round(size, 1) for name, size in sorted(parts.items())}
 
 
 def held(model, service):
@@ -34,7 +52,7 @@ def held(model, service):
         rss = int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     return {"integrity": integrity, "unfinished": engine.unfinished, "live": service.bridge.live,
             "slots_used": engine.slots.total - engine.slots.free, "pages_used": engine.pages.used, "rss": rss,
-            "fds": len(os.listdir("/proc/self/fd")), "threads": threading.active_count()}
+            "parts": resident(), "fds": len(os.listdir("/proc/self/fd")), "threads": threading.active_count()}
 
 
 def answer(model, service, server):

@@ -117,6 +117,9 @@ def test_a_build_without_tokenizer_takes_ids_only(toy_copy, reseal):
 def test_describe(model):
     text = model.describe()
     assert text.startswith("4 plans, 1 threads, weights 0.0 MB") and "128 pages x 4 = 512 tokens" in text
+    memory = model.memory
+    assert f"a sequence costs {memory.state_bytes / memory.all_slots / 1e6:.2f} MB, and " in text
+    assert f" and {memory.kv_bytes / memory.tokens / 1e3:.2f} kB for each of its tokens" in text
 
 
 def test_a_cpu_build_has_no_table_to_move(toy_build):

@@ -16,7 +16,7 @@ from qcn_compile.runtime.server.generation import Answer, Delta, Generation
 from qcn_compile.runtime.server.replies import chat_logprobs, new_id, now, usage_reply
 from qcn_compile.runtime.server.schema.chat import ChatReply, ChatRequest
 from qcn_compile.runtime.server.service import Service
-from qcn_compile.runtime.server.sse import DONE, EventStream, event, while_connected
+from qcn_compile.runtime.server.sse import DONE, EventStream, TextEvent, event, while_connected
 
 
 async def chat_completions(service: Service, request: Request) -> Response:
@@ -46,6 +46,9 @@ def _choice(service: Service, index: int, answer: Answer, logprobs: bool) -> dic
             "logprobs": {"content": chat_logprobs(service.tokenizer, answer.samples)} if logprobs else None}
 
 
+_TEXTS = {Content: "content", Reasoning: "reasoning_content"}
+
+
 class _Chunks:
     """The events of one streamed chat."""
 
@@ -54,12 +57,17 @@ class _Chunks:
         self._head = {"id": new_id("chatcmpl-"), "object": "chat.completion.chunk", "created": now(), "model": model}
         self._with_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
         self._choices = range(body.n or 1)
+        self._plain = {(index, kind): TextEvent(self._data([_delta_choice(index, {name: TextEvent.TEXT}, None, None)]))
+                       for index in self._choices for kind, name in _TEXTS.items()}
 
     async def events(self, generation: Generation) -> AsyncIterator[bytes]:
         for index in self._choices:
             yield self._chunk([_delta_choice(index, {"role": "assistant", "content": ""}, None, None)])
         try:
             async for delta in generation.deltas():
+                if (plain := self._plain_chunk(delta)) is not None:
+                    yield plain
+                    continue
                 for choice in self._delta(delta):  # one a chunk: clients read the first choice alone
                     yield self._chunk([choice])
         except ApiError as error:
@@ -72,8 +80,18 @@ class _Chunks:
         yield DONE
 
     def _chunk(self, choices: list[dict[str, Any]]) -> bytes:
-        return event({**self._head, "choices": choices, "usage": None} if self._with_usage
-                     else {**self._head, "choices": choices})
+        return event(self._data(choices))
+
+    def _data(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {**self._head, "choices": choices, **({"usage": None} if self._with_usage else {})}
+
+    def _plain_chunk(self, delta: Delta) -> bytes | None:
+        """The chunk of a delta that is one piece of text, as nearly all are; None for others."""
+        if len(delta.events) != 1 or delta.finish_reason is not None or self._body.logprobs:
+            return None
+        item = delta.events[0]
+        made = self._plain.get((delta.index, type(item)))
+        return None if made is None else made(item.text)  # type: ignore[union-attr]
 
     def _delta(self, delta: Delta) -> Iterable[dict[str, Any]]:
         """One choice for each kind of text in turn, the finish reason in the last."""

@@ -18,7 +18,7 @@ from qcn_compile.runtime.server.replies import new_id, now, token_text, usage_re
 from qcn_compile.runtime.server.sampling import sampling_params
 from qcn_compile.runtime.server.schema.completions import CompletionReply, CompletionRequest
 from qcn_compile.runtime.server.service import Service
-from qcn_compile.runtime.server.sse import DONE, EventStream, event, while_connected
+from qcn_compile.runtime.server.sse import DONE, EventStream, TextEvent, event, while_connected
 
 DEFAULT_TOKENS = 16  # as OpenAI's
 _FIM = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")
@@ -113,6 +113,8 @@ async def _events(service: Service, body: CompletionRequest, model: str, generat
     head = _head(model)
     usage = {"usage": None} if body.stream_options is not None and body.stream_options.include_usage else {}
     offsets = [len(echo) for echo in echoes]
+    plain = [TextEvent({**head, "choices": [_choice(service, index, TextEvent.TEXT, None, None)], **usage})
+             for index in range(len(echoes))]
     for index, echo in enumerate(echoes):
         if echo:
             yield event({**head, "choices": [_choice(service, index, echo, None, None)], **usage})
@@ -120,6 +122,9 @@ async def _events(service: Service, body: CompletionRequest, model: str, generat
         async for delta in generation.deltas():
             text = "".join(item.text for item in delta.events if isinstance(item, Content))
             if not text and delta.finish_reason is None and body.logprobs is None:
+                continue
+            if delta.finish_reason is None and body.logprobs is None:
+                yield plain[delta.index](text)
                 continue
             samples = delta.samples if body.logprobs is not None else None
             choice = _choice(service, delta.index, text, delta.finish_reason, samples, offsets[delta.index])

@@ -161,7 +161,7 @@ def test_configurator_shows_the_planners_verdict(serve, browser, capsys):
     shown = select(browser, quant="none")
     assert "weights 159.4 GB a chip" in shown["verdict"] and shown["numbers"] == ""
     shown = select(browser, gpus="")
-    assert shown["verdict"].startswith("Fits on ") and "Only planned" in shown["notes"]
+    assert shown["verdict"].startswith("Fits on ") and "GPUs" in shown["notes"]
     assert "MTP" in select(browser, speculation="mtp")["notes"]
     assert browser.errors() == []
 
