@@ -22,7 +22,7 @@ from qcn_compile.runtime.cuda.executable import CudaExecutable, open_cuda
 from qcn_compile.runtime.device import CpuDevice, check_processor, processor_flags, usable
 from qcn_compile.runtime.engine import Engine, EngineConfig, check_tokens
 from qcn_compile.runtime.executable import Executable
-from qcn_compile.runtime.memory import MemoryPlan, memory_bytes, plan_memory, shared_budget
+from qcn_compile.runtime.memory import MemoryPlan, memory_bytes, plan_memory, shared_budget, weight_file_bytes
 from qcn_compile.runtime.output import Output
 from qcn_compile.runtime.prefix.build import prefix_cache
 from qcn_compile.runtime.prefix.options import PrefixOptions
@@ -48,19 +48,16 @@ def load(build: str | PathLike[str], *, context_length: int | None = None, max_r
          embedding_on_host: bool = False, report: Report | None = None) -> Model:
     """Open a build. `cache_memory` in bytes bounds KV pages and state slots, `memory_share` these and the weights.
 
-    `prefill_chunk`: prompt tokens a step.
     `huge_pages` copies the weights into huge pages, `pin` binds threads to cores, `verify` hashes every file, `model`
     is the checkpoint that a build without weights takes them from, `prefix` switches the prefix cache on, `speculation`
     drafting. `overrides`: JSON over the rope parameters; `context_length` may then be as long as they allow.
     `embedding_on_host` keeps a GPU build's table of tokens in pinned host memory.
     Raises ArtifactError, CapacityError, UsageError or DeviceError with the cure in the message.
     """
-    if threads is not None and threads < 1:
-        raise UsageError(f"--threads {threads}: must be at least 1")
-    if prefill_chunk is not None and prefill_chunk < 1:
-        raise UsageError(f"--prefill-chunk {prefill_chunk}: must be at least 1")
-    started = time.perf_counter()
-    path = Path(build)
+    for name, value in (("threads", threads), ("prefill-chunk", prefill_chunk)):
+        if value is not None and value < 1:
+            raise UsageError(f"--{name} {value}: must be at least 1")
+    started, path = time.perf_counter(), Path(build)
     manifest = _runnable(path, read_manifest(path, deep=verify))
     rope = rope_override(overrides, manifest.model.get("config", {}))
     if rope is not None:
@@ -70,17 +67,15 @@ def load(build: str | PathLike[str], *, context_length: int | None = None, max_r
     device: CpuDevice | CudaDevice
     executable: Executable | CudaExecutable
     if manifest.target.get("kind") == "gpu":
-        checkpoint = None if model is None else Path(model)
-        device, executable, memory = open_cuda(path, manifest, context_length, max_running_requests, cache_memory,
-                                               checkpoint, report, prefix, speculation is not None, memory_share,
-                                               embedding_on_host)
+        device, executable, memory = open_cuda(
+            path, manifest, context_length, max_running_requests, cache_memory, None if model is None else Path(model),
+            report, prefix, speculation is not None, memory_share, embedding_on_host)
     else:
         if embedding_on_host:
             raise UsageError("--embedding-on-host: a CPU build's weights lie in host memory anyway; leave it out")
         if memory_share is not None:
-            cache_memory = shared_budget(memory_share, memory_bytes(), _weight_bytes(path, manifest))
-        memory = plan_memory(manifest, context_length, max_running_requests, cache_memory, prefix,
-                             speculation is not None)
+            cache_memory = shared_budget(memory_share, memory_bytes(), weight_file_bytes(path, manifest))
+        memory = plan_memory(manifest, context_length, max_running_requests, cache_memory, prefix, bool(speculation))
         device, executable = _open_cpu(path, manifest, memory, threads or settings.threads(), pin, huge_pages, report)
     try:
         if rope is not None:
@@ -91,10 +86,6 @@ def load(build: str | PathLike[str], *, context_length: int | None = None, max_r
         raise
     loaded.load_seconds = time.perf_counter() - started
     return loaded
-
-
-def _weight_bytes(path: Path, manifest: Manifest) -> int:
-    return sum((path / name).stat().st_size for name in manifest.weights.get("files", ()))
 
 
 def _open_cpu(path: Path, manifest: Manifest, memory: MemoryPlan, threads: int, pin: bool, huge_pages: bool,

@@ -126,6 +126,11 @@ def shared_budget(share: float, total: int, weights: int) -> int:
     return left
 
 
+def weight_file_bytes(build: Path, manifest: Manifest) -> int:
+    """Bytes of a build's weight files."""
+    return sum((build / name).stat().st_size for name in manifest.weights.get("files", ()))
+
+
 def page_part_bytes(cache: CacheSpec) -> int:
     """Bytes of a page's keys, which are as many as its values'. Raises ArtifactError when the sizes disagree."""
     part = prod(cache.shape) * ITEM_BYTES[cache.dtype]
