@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from fake_driver import FakeDriver, arguments
 
-from qcn_compile.artifact import Arg, CacheSpec, Launch, Manifest, Plan, seal, write_json
+from qcn_compile.artifact import SCHEMA, Arg, CacheSpec, Launch, Manifest, Plan, seal, write_json
 from qcn_compile.errors import ArtifactError, CapacityError
 from qcn_compile.inspect import show, views
 from qcn_compile.inspect.build import Build
@@ -36,7 +36,7 @@ def build(folder: Path, **weights: object) -> tuple[Path, Manifest]:
     write_json(folder / "plan" / "main.json", plan.to_json())
     spec = {"mode": "dummy", "files": [], "blobs": {"w.w": {"bytes": 1 << 12, "fill": "bf16"}}, **weights}
     caches = (CacheSpec("kv", "kv", "bf16", (1, 4, 8), 2 * 2 * 32), CacheSpec("delta", "delta", "f32", (2, 4), 32))
-    manifest = Manifest(1, {}, {"name": "h200", "kind": "gpu", "arch": 90}, {}, caches, 4, 32, WIDTH, 8,
+    manifest = Manifest(SCHEMA, {}, {"name": "h200", "kind": "gpu", "arch": 90}, {}, caches, 4, 32, WIDTH, 8,
                         ("plan/main.json",), ("kernels/kernels.json",), spec, {})
     return folder, seal(folder, manifest)
 
