@@ -17,9 +17,9 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,20 @@ INPUTS = {
 }
 
 
+PEER_ROWS = 128  # rows that ranks may exchange at once over each other's memory
+
+
+@dataclass(frozen=True)
+class Collective:
+    """What all ranks do together instead of a kernel: all_reduce or all_gather of `width` elements of `dtype` for each
+    of `rows` (T, S or R) rows. Arguments of its launch: x, y, counts."""
+
+    kind: str
+    dtype: str
+    rows: str
+    width: int
+
+
 @dataclass(frozen=True)
 class Launch:
     """One kernel call: its symbol, its arguments in order, and the op of the final graph it came from.
@@ -80,6 +94,7 @@ class Launch:
     bytes: int = 0
     flops: int = 0
     grid: tuple[int, ...] = ()
+    collective: Collective | None = None
 
 
 @dataclass(frozen=True)
@@ -123,7 +138,8 @@ class Plan:
     @staticmethod
     def from_json(data: dict[str, Any]) -> Plan:
         launches = tuple(
-            Launch(**{**row, "args": tuple(Arg(**arg) for arg in row["args"]), "grid": tuple(row["grid"])})
+            Launch(**{**row, "args": tuple(Arg(**arg) for arg in row["args"]), "grid": tuple(row["grid"]),
+                      "collective": Collective(**row["collective"]) if row.get("collective") else None})
             for row in data["launches"]
         )
         routes = tuple(Route(**row) for row in data.get("routes", ()))
@@ -146,8 +162,29 @@ class CacheSpec:
 
 
 @dataclass(frozen=True)
+class RankPart:
+    """What one rank of several has of its own: caches, plans and weights as in the manifest."""
+
+    caches: tuple[CacheSpec, ...]
+    plans: tuple[str, ...]
+    weights: dict[str, Any]
+
+    @staticmethod
+    def from_json(data: dict[str, Any]) -> RankPart:
+        return RankPart(_caches(data["caches"]), tuple(data["plans"]), data["weights"])
+
+
+def _caches(rows: list[dict[str, Any]]) -> tuple[CacheSpec, ...]:
+    return tuple(CacheSpec(**{**row, "shape": tuple(row["shape"])}) for row in rows)
+
+
+@dataclass(frozen=True)
 class Manifest:
-    """Everything the runtime needs to know before it maps a file."""
+    """Everything the runtime needs to know before it maps a file.
+
+    layout: how the model lies on several ranks (tp, ep, ...; see targets/layout.py), empty for one. Then `ranks` has
+    their parts, and caches, plans and weights here are those of rank 0.
+    """
 
     schema: int
     model: dict[str, Any]
@@ -163,15 +200,24 @@ class Manifest:
     weights: dict[str, Any]
     tools: dict[str, str]
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    layout: dict[str, Any] = field(default_factory=dict)
+    ranks: tuple[RankPart, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> Manifest:
-        caches = tuple(CacheSpec(**{**c, "shape": tuple(c["shape"])}) for c in data["caches"])
-        return Manifest(**{**data, "caches": caches, "plans": tuple(data["plans"]),
-                           "libraries": tuple(data["libraries"])})
+        return Manifest(**{**data, "caches": _caches(data["caches"]), "plans": tuple(data["plans"]),
+                           "libraries": tuple(data["libraries"]),
+                           "ranks": tuple(RankPart.from_json(part) for part in data.get("ranks", ()))})
+
+    def of_rank(self, rank: int) -> Manifest:
+        """The manifest as one rank needs it."""
+        if not self.ranks:
+            return self
+        part = self.ranks[rank]
+        return replace(self, caches=part.caches, plans=part.plans, weights=part.weights, ranks=())
 
 
 def file_sha256(path: Path) -> str:
@@ -280,6 +326,18 @@ def _check_files(build: Path, files: dict[str, dict[str, Any]], deep: bool) -> N
         if (deep or size <= FULL_HASH_LIMIT) and file_sha256(path) != want["sha256"]:
             raise ArtifactError(f"{path} was altered after the build (sha256 differs); "
                                 "copy the build again or rebuild it")
+
+
+def check_ranks(build: Path, parts: Sequence[RankPart]) -> None:
+    """Raises ArtifactError unless all ranks meet at the same collectives in the same order in every plan."""
+    for names in zip(*(part.plans for part in parts), strict=True):
+        meetings = [[launch.collective for launch in read_plan(build, name).launches if launch.collective]
+                    for name in names]
+        for rank, own in enumerate(meetings):
+            if own != meetings[0]:
+                raise ArtifactError(f"{build}: {names[rank]} has {len(own)} collectives that differ from the "
+                                    f"{len(meetings[0])} of {names[0]}: the ranks would wait for each other for ever; "
+                                    "build again with qcn-compile")
 
 
 def read_plan(build: Path, name: str) -> Plan:

@@ -49,8 +49,8 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--weights", choices=["copied", "late", "dummy"],
                      help="copied into the build (default), bound from the checkpoint by qcn-run --model (late), or "
                      "random, for measuring (dummy); late and dummy are for GPU targets")
-    top.add_argument("--tp", type=int, metavar="N", help="GPUs to split the model over (only 1 so far)")
-    top.add_argument("--ep", type=int, metavar="N", help="groups of them that hold whole experts")
+    top.add_argument("--tp", type=int, metavar="N", help="ranks to split the model over (default: 1, or --ep)")
+    top.add_argument("--ep", type=int, metavar="M", help="groups among them that hold whole experts (default: 1)")
     top.add_argument("--mtp", action="store_true", help="also build the MTP draft head")
     top.add_argument("--force", action="store_true", help="replace an output directory that is no build of ours")
     top.add_argument("--json", action="store_true", help="print the result as one JSON object")

@@ -13,7 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from qcn_compile.artifact import SCHEMA, CacheSpec, Manifest, building, seal, write_json
+from qcn_compile.artifact import SCHEMA, CacheSpec, Manifest, RankPart, building, check_ranks, seal, write_json
 from qcn_compile.errors import ModelError, UsageError
 from qcn_compile.frontend import Traced, trace_model
 from qcn_compile.frontend.checkpoint import Located, load_config, locate
@@ -27,15 +27,17 @@ from qcn_compile.lowering.decide import Decision, decide, plan_for
 from qcn_compile.lowering.late import deferred
 from qcn_compile.lowering.plan import blobs_of, make_plan
 from qcn_compile.lowering.rope import rope_tables
-from qcn_compile.lowering.schedule import Schedule, schedule
+from qcn_compile.lowering.schedule import Schedule, kernels_of, schedule
 from qcn_compile.lowering.weights import BlobKey, name_blobs, plan_files
 from qcn_compile.passes.base import PassContext
+from qcn_compile.passes.shard import Shard
 from qcn_compile.pipeline import Pipeline, Tracing
 from qcn_compile.planning.command import WISHES
 from qcn_compile.planning.verdict import Verdict
 from qcn_compile.plugins import load_plugins
 from qcn_compile.report import write_report
-from qcn_compile.targets.base import Kernel, Target
+from qcn_compile.targets.base import Target
+from qcn_compile.targets.layout import Layout, layout_for
 from qcn_compile.targets.registry import load_target
 
 PAGE_SIZE = 32
@@ -118,21 +120,22 @@ def compile(model: str | Path | None = None, target: str = "cpu", output: str | 
     options = replace(options, tracing=replace(options.tracing, stages={}))
     plugins = load_plugins(options.plugins)
     clock, tell = Clock(), report or (lambda stage, done, total: None)
-    chosen, located, traced, decision = _front(model, target, options, clock, tell, verdict)
+    chosen, located, traced, decision, layout = _front(model, target, options, clock, tell, verdict)
     mode = _weights_mode(options, chosen, traced, located)
     context = PassContext(target=target)
     with clock.stage("passes"):
-        graphs = [_optimise(graph, decision, context, options) for graph in _entries(traced, options.mtp)]
+        graphs = [_rank_graphs(traced, decision, context, options, layout, rank) for rank in range(layout.ranks)]
     calibrated = Calibrated()
     if options.calibrate is not None:
         with clock.stage("calibrate"):
-            calibrated, decision = _calibrate(graphs[0], traced, decision, Path(options.calibrate), tell)
+            calibrated, decision = _calibrate(graphs, traced, decision, Path(options.calibrate), tell)
     with clock.stage("schedule"):
-        schedules = [schedule(graph, bucket, chosen) for graph in graphs for bucket in buckets_for(chosen.kind)]
+        ranks = [[schedule(graph, bucket, chosen) for graph in mine for bucket in buckets_for(chosen.kind)]
+                 for mine in graphs]
     with building(Path(output), options.force) as scratch:
-        manifest, digests = _write(Path(output), scratch, traced, chosen, decision, schedules, mode, calibrated, clock,
-                                   tell)
-        write_report(scratch, graphs, context, decision, schedules, options.tracing, str(traced.audit or ""))
+        manifest, digests = _write(Path(output), scratch, traced, chosen, decision, layout, ranks, mode, calibrated,
+                                   clock, tell)
+        write_report(scratch, graphs[0], context, decision, ranks[0], options.tracing, str(traced.audit or ""))
         used = {f"plugin {plugin.name}": plugin.sha256 for plugin in plugins}
         manifest = seal(scratch, replace(manifest, tools={**manifest.tools, **used}), digests)
     note = located.note + (f"; built without weights (--weights {mode})" if traced.weights is None else "")
@@ -140,9 +143,9 @@ def compile(model: str | Path | None = None, target: str = "cpu", output: str | 
 
 
 def optimised(model: str | Path | None, target: str, options: Options) -> Graph:
-    """The main graph after the pipeline (or up to `options.tracing.stop_after`); nothing is built."""
-    _, _, traced, decision = _front(model, target, options, Clock(), lambda stage, done, total: None)
-    return _optimise(traced.main, decision, PassContext(target=target), options)
+    """The main graph (of rank 0) after the pipeline or up to `options.tracing.stop_after`; nothing is built."""
+    _, _, traced, decision, layout = _front(model, target, options, Clock(), lambda stage, done, total: None)
+    return _rank_graphs(traced, decision, PassContext(target=target), replace(options, mtp=False), layout, 0)[0]
 
 
 def optimise(traced: Traced, options: Options) -> Graph:
@@ -169,23 +172,27 @@ def trace(model: str | Path | Any | None = None, dtype: str = "f32") -> Graph:
 
 
 def _front(model: str | Path | None, target: str, options: Options, clock: Clock, tell: Report,
-           announce: Callable[[Verdict], None] | None = None) -> tuple[Target, Located, Traced, Decision]:
-    """Target, checkpoint, traced graphs and decisions: everything before the passes."""
+           announce: Callable[[Verdict], None] | None = None) -> tuple[Target, Located, Traced, Decision, Layout]:
+    """Target, checkpoint, traced graphs, decisions and layout: everything before the passes."""
     chosen = load_target(target, options.mcpu)
     located = locate(None if model is None else str(model), "cpu" if chosen.kind == "null" else chosen.kind)
     verdict = plan_for(located.name, load_config(located.config)[1], chosen, options.dtype, options.quant,
                        options.context_length, options.mcpu, **{name: getattr(options, name) for name in WISHES})
-    if verdict and verdict.chosen.layout.ranks > 1:
-        raise UsageError(f"--tp {verdict.chosen.layout.ranks}: builds are for one GPU or CPU so far; leave --tp out")
+    layout = verdict.chosen.layout if verdict else _asked(located, options)
     if verdict and announce:
         announce(verdict)
     with clock.stage("trace"):
         tell("trace", 0, 1)
         traced = trace_model(located, DType(chosen.dtype), options.mtp and options.weights == "dummy")
         tell("trace", 1, 1)
-    return chosen, located, traced, decide(traced, chosen, verdict, options.dtype, options.quant,
-                                           options.activations, options.context_length, options.kv,
-                                           options.states)
+    decision = decide(traced, chosen, verdict, options.dtype, options.quant, options.activations,
+                      options.context_length, options.kv, options.states)
+    return chosen, located, traced, decision, layout
+
+
+def _asked(located: Located, options: Options) -> Layout:
+    """The layout asked for, where the planner has none."""
+    return layout_for(load_config(located.config)[1], options.tp or options.ep or 1, options.ep or 1)
 
 
 def _weights_mode(options: Options, target: Target, traced: Traced, located: Located) -> str:
@@ -207,13 +214,15 @@ def _weights_mode(options: Options, target: Target, traced: Traced, located: Loc
     return options.weights or "late"
 
 
-def _calibrate(graph: Graph, traced: Traced, decision: Decision, text: Path, tell: Report
+def _calibrate(ranks: Sequence[Sequence[Graph]], traced: Traced, decision: Decision, text: Path, tell: Report
                ) -> tuple[Calibrated, Decision]:
     """int4 codes of the main graph's weights by a text, and the decision with what that gave."""
     if traced.weights is None or traced.path is None:
         raise UsageError("--calibrate: needs a checkpoint's weights; name one with --model")
+    if len(ranks) > 1:
+        raise UsageError("--calibrate: chooses the int4 weights of one rank; leave --tp and --ep out")
     tell("calibrate", 0, 1)
-    made = calibrate(graph, traced.weights, read_text(text, traced.path))
+    made = calibrate(ranks[0][0], traced.weights, read_text(text, traced.path))
     tell("calibrate", 1, 1)
     return made, replace(decision, reasons={**decision.reasons, "calibrated": str(made)})
 
@@ -225,13 +234,25 @@ def _entries(traced: Traced, mtp: bool) -> list[Graph]:
     return [traced.main, traced.mtp] if mtp and traced.mtp else [traced.main]
 
 
-def _optimise(graph: Graph, decision: Decision, context: PassContext, options: Options) -> Graph:
+def _rank_graphs(traced: Traced, decision: Decision, context: PassContext, options: Options, layout: Layout,
+                 rank: int) -> list[Graph]:
+    """The graphs of one rank. What passes do is recorded for rank 0."""
+    shard = Shard(rank, layout.tp, layout.ep) if layout.tp > 1 else None
+    if rank:
+        context, options = PassContext(target=context.target), replace(options, tracing=Tracing())
+    return [_optimise(graph, decision, context, options, shard) for graph in _entries(traced, options.mtp)]
+
+
+def _optimise(graph: Graph, decision: Decision, context: PassContext, options: Options,
+              shard: Shard | None = None) -> Graph:
     if options.pipeline is not None:
         pipeline = Pipeline(list(options.pipeline.passes))
+        if shard is not None:
+            pipeline.insert(shard, after="select-rows")
     else:
-        pipeline = Pipeline.default(base=decision.base, activations=decision.activations,
-                                    formats=decision.formats, kv=None if decision.kv == "bf16" else decision.kv,
-                                    states=decision.states)
+        pipeline = Pipeline.default(base=decision.base, activations=decision.activations, formats=decision.formats,
+                                    kv=None if decision.kv == "bf16" else decision.kv, states=decision.states,
+                                    shard=shard)
     for plugin in load_plugins(options.plugins):
         plugin.configure(pipeline)
     for name in options.disabled:
@@ -241,40 +262,55 @@ def _optimise(graph: Graph, decision: Decision, context: PassContext, options: O
     return result
 
 
-def _write(output: Path, build: Path, traced: Traced, target: Target, decision: Decision,
-           schedules: Sequence[Schedule], mode: str, calibrated: Calibrated, clock: Clock, tell: Report
+def _write(output: Path, build: Path, traced: Traced, target: Target, decision: Decision, layout: Layout,
+           ranks: Sequence[Sequence[Schedule]], mode: str, calibrated: Calibrated, clock: Clock, tell: Report
            ) -> tuple[Manifest, dict[str, str]]:
-    """Kernels, plans, tokenizer and weights; returns the manifest, not yet sealed, and the digests known already."""
-    kernels = list(dict.fromkeys(step.call.kernel for s in schedules for step in s.steps))
-    names = name_blobs(dict.fromkeys(key for s in schedules for key in blobs_of(s)))
+    """Kernels, which ranks share, plans, tokenizer and weights; the manifest, not sealed, and the digests known."""
+    kernels = kernels_of(item for schedules in ranks for item in schedules)
+    names = [name_blobs(dict.fromkeys(key for s in schedules for key in blobs_of(s))) for schedules in ranks]
     with clock.stage("kernels"):
         libraries = target.emit(kernels, build / "kernels", lambda done, total: tell("kernels", done, total))
-    plans = []
-    for item in schedules:
-        plan, _ = make_plan(item, names)
-        plans.append(f"plan/{plan.entry}-{plan.name}.json")
-        write_json(build / plans[-1], plan.to_json())
+    folders = [f"plan/rank-{rank}" if len(ranks) > 1 else "plan" for rank in range(len(ranks))]
+    plans = [_write_plans(build, folder, schedules, own)
+             for folder, schedules, own in zip(folders, ranks, names, strict=True)]
     _copy_tokenizer(traced, build / "tokenizer")
     with clock.stage("weights"):  # last: it is the longest, and what it has done survives an interrupt
         weights, digests = _write_weights(output, build, traced, target, names, mode, calibrated, tell)
-    weights["rope"] = rope_tables(schedules, names)
-    manifest = _manifest(traced, target, decision, schedules, plans, [f"kernels/{n}" for n in libraries],
-                         weights, kernels)
+    for schedules, own, held in zip(ranks, names, weights, strict=True):
+        held["rope"] = rope_tables(schedules, own)
+    parts = tuple(RankPart(_caches(target, schedules), files, held)
+                  for schedules, files, held in zip(ranks, plans, weights, strict=True))
+    check_ranks(build, parts)
+    manifest = _manifest(traced, target, decision, parts[0], [f"kernels/{n}" for n in libraries], len(kernels))
+    if len(parts) > 1:
+        manifest = replace(manifest, layout=layout.to_json(), ranks=parts)
     return manifest, digests
 
 
-def _write_weights(output: Path, build: Path, traced: Traced, target: Target, names: dict[BlobKey, str], mode: str,
-                   calibrated: Calibrated, tell: Report) -> tuple[dict[str, Any], dict[str, str]]:
-    """The weight files, or what stands in for them; returns the manifest's `weights`, and file -> sha256."""
-    later, now = deferred(names, target, mode, traced.weights.draft_names if traced.weights else None)
-    files = plan_files(now, target)
+def _write_plans(build: Path, folder: str, schedules: Sequence[Schedule], names: dict[BlobKey, str]) -> tuple[str, ...]:
+    """One file a bucket; their names within the build."""
+    plans = [make_plan(item, names)[0] for item in schedules]
+    files = {f"{folder}/{plan.key}.json": plan for plan in plans}
+    for name, plan in files.items():
+        write_json(build / name, plan.to_json())
+    return tuple(files)
+
+
+def _write_weights(output: Path, build: Path, traced: Traced, target: Target, ranks: Sequence[dict[BlobKey, str]],
+                   mode: str, calibrated: Calibrated, tell: Report) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """The weight files of every rank, or what stands in for them; each rank's `weights`, and file -> sha256."""
+    split = [deferred(names, target, mode, traced.weights.draft_names if traced.weights else None) for names in ranks]
+    files = [plan_files(now, target, f"rank-{rank}" if len(ranks) > 1 else "weights")
+             for rank, (_, now) in enumerate(split)]
+    every = [file for own in files for file in own]
     source, origin = (traced.weights, traced.weights.fingerprint()) if traced.weights else (NoWeights(), "")
-    with resumable(output, key_of(files, target, origin + calibrated.digest)) as folder:
-        written = convert(files, source, target, folder, lambda done, total: tell("weights", done, total),
+    with resumable(output, key_of(every, target, origin + calibrated.digest)) as folder:
+        written = convert(every, source, target, folder, lambda done, total: tell("weights", done, total),
                           calibrated.codes)
         digests = take(written, folder, build / "weights")
-    found = {f"weights/{name}": digest for name, digest in digests.items()}
-    return {"mode": mode, "files": list(found), **later}, found
+    weights = [{"mode": mode, "files": [f"weights/{file.name}" for file in own], **later}
+               for own, (later, _) in zip(files, split, strict=True)]
+    return weights, {f"weights/{name}": digest for name, digest in digests.items()}
 
 
 class NoWeights:
@@ -287,22 +323,25 @@ class NoWeights:
         self.get(name)
 
 
-def _manifest(traced: Traced, target: Target, decision: Decision, schedules: Sequence[Schedule], plans: list[str],
-              libraries: list[str], weights: dict[str, Any], kernels: list[Kernel]) -> Manifest:
+def _caches(target: Target, schedules: Sequence[Schedule]) -> tuple[CacheSpec, ...]:
     caches = {}
     for item in schedules:
         for name, state in item.graph.states.items():
             shape, size = target.cache_unit(state, PAGE_SIZE)
             caches[name] = CacheSpec(name, state.kind.value, state.dtype.value, shape, size)
+    return tuple(caches.values())
+
+
+def _manifest(traced: Traced, target: Target, decision: Decision, part: RankPart, libraries: list[str],
+              kernels: int) -> Manifest:
     logits = traced.main.outputs[0].tensor
     return Manifest(
         schema=SCHEMA, model={"name": traced.name, "config": traced.config},
         target={"name": target.name, "kind": target.kind, **target.describe()},
-        decisions=decision.brief(), caches=tuple(caches.values()), page_size=PAGE_SIZE,
+        decisions=decision.brief(), caches=part.caches, page_size=PAGE_SIZE,
         context_length=decision.context_length, vocab_size=int(logits.shape[-1]),  # type: ignore[arg-type]
         hidden_size=int(traced.main.outputs[1].tensor.shape[-1]),  # type: ignore[arg-type]
-        plans=tuple(plans), libraries=tuple(libraries), weights=weights,
-        tools=_versions(len(kernels)))
+        plans=part.plans, libraries=tuple(libraries), weights=part.weights, tools=_versions(kernels))
 
 
 def _versions(kernels: int) -> dict[str, str]:

@@ -23,8 +23,6 @@ NAME = re.compile(r'^    name: ClassVar\[str\] = "([\w-]+)"', re.M)
 
 def check(args: argparse.Namespace, output: Path) -> None:
     """Raise a QcnError for flags of qcn-compile that cannot work, as far as that needs no compiler."""
-    if args.tp not in (None, 1):
-        raise UsageError(f"--tp {args.tp}: builds are for one GPU or CPU so far; leave --tp out")
     chip = chip_to_build(args.target)
     kind = "null" if args.target == "null" else chip.kind
     check_choices(kind, args.target, args.dtype, args.quant, args.activations)

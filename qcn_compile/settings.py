@@ -39,6 +39,16 @@ def targets_folder() -> Path | None:
     return Path(text) if text else None
 
 
+def rank_timeout() -> int:
+    """`QCN_RANK_TIMEOUT`: seconds a rank waits for another in a collective before all give up. Default: 60."""
+    return _integer("QCN_RANK_TIMEOUT", 60, 1)
+
+
+def one_shot() -> bool:
+    """`QCN_ALL_REDUCE`: nccl leaves all sums of ranks to NCCL; default: small ones go over peer memory."""
+    return os.environ.get("QCN_ALL_REDUCE", "") != "nccl"
+
+
 def hub_cache() -> Path:
     """`HF_HUB_CACHE` or `HF_HOME`/hub: where Hugging Face checkpoints are looked up."""
     if cache := os.environ.get("HF_HUB_CACHE"):

@@ -53,6 +53,7 @@ class InputArrays:
 
     def __init__(self, capacities: Sequence[Capacity], table_width: int) -> None:
         self._width = table_width
+        self._pages: list[int] = []  # of each sequence of the step
         sizes = self.sizes(capacities, table_width)
         self.arrays = {name: allocate(4 * size).view(np.int32) for name, size in sizes.items()}
 
@@ -70,6 +71,7 @@ class InputArrays:
         """Write a step that is known to fit. Returns R, the number of wanted rows."""
         arrays, width = self.arrays, self._width
         start = rows = 0
+        self._pages = [len(span.pages) for span in spans]
         for index, span in enumerate(spans):
             count = len(span.tokens)
             stop, row = start + count, rows + span.wanted
@@ -86,3 +88,27 @@ class InputArrays:
         arrays["cu_seqlens"][len(spans)] = start
         arrays["counts"][:] = (start, len(spans), rows, width)
         return rows
+
+    def packed(self) -> np.ndarray:
+        """The step as one i32 array, for other ranks: pages of each sequence, then what is used of every array."""
+        return np.concatenate([self.arrays["counts"], np.array(self._pages, np.int32), *self._used()])
+
+    def unpack(self, data: np.ndarray) -> int:
+        """Write the step that `packed` made. Returns where it ends in `data`."""
+        self.arrays["counts"][:] = data[:4]
+        sequences = int(data[1])
+        self._pages = data[4:4 + sequences].tolist()
+        at = 4 + sequences
+        for view in self._used():
+            view[:] = data[at:at + len(view)]
+            at += len(view)
+        return at
+
+    def _used(self) -> list[np.ndarray]:
+        """Views of what the step uses of the arrays, but `counts`."""
+        tokens, sequences, rows, width = (int(n) for n in self.arrays["counts"])
+        sizes = {"tokens": tokens, "positions": tokens, "token_seq": tokens, "cu_seqlens": sequences + 1,
+                 "context_lens": sequences, "slots": sequences, "into": sequences, "rows": rows}
+        table = self.arrays["block_table"]
+        return [*(self.arrays[name][:size] for name, size in sizes.items()),
+                *(table[i * width:i * width + count] for i, count in enumerate(self._pages))]

@@ -17,6 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from qcn_compile import settings
+from qcn_compile.artifact import read_manifest
 from qcn_compile.errors import QcnError, UsageError
 from qcn_compile.runtime.speculation.options import MTP, speculative_algorithm
 
@@ -34,6 +35,10 @@ def add_checkpoint_flags(parser: argparse.ArgumentParser) -> None:
     g = parser.add_argument_group("when given a checkpoint instead of a build: compiled once, into a cache folder")
     g.add_argument("--target", metavar="NAME", help="as of qcn-compile (default: this machine's GPU, else cpu)")
     g.add_argument("--quantization", "--quant", metavar="NAME", help="--quant of qcn-compile (default: auto)")
+    g.add_argument("--tp", "--tp-size", "--tensor-parallel-size", type=int, metavar="N", dest="tp",
+                   help="--tp of qcn-compile; of a build, what it was made with")
+    g.add_argument("--ep", "--ep-size", "--expert-parallel-size", type=int, metavar="M", dest="ep",
+                   help="--ep of qcn-compile; of a build, what it was made with")
 
 
 @dataclass(frozen=True)
@@ -112,10 +117,25 @@ def find_checkpoint(arguments: argparse.Namespace) -> Checkpoint | None:
         flags += ["--quant", arguments.quantization]
     if arguments.mamba_ssm_dtype is not None:
         flags += ["--mamba-ssm-dtype", arguments.mamba_ssm_dtype]
+    for name in ("tp", "ep"):
+        if getattr(arguments, name) not in (None, 1):
+            flags += [f"--{name}", str(getattr(arguments, name))]
     found = Checkpoint(str(given), tuple(flags))
     arguments.build = found.build
     arguments.served_model_name = arguments.served_model_name or found.names
     return found
+
+
+def check_layout(build: Path, tp: int | None, ep: int | None) -> None:
+    """Raises UsageError when a build was made for other numbers of ranks than asked for."""
+    if tp is None and ep is None:
+        return
+    layout = read_manifest(build).layout
+    for flag, asked in (("tp", tp), ("ep", ep)):
+        have = int(layout.get(flag, 1))
+        if asked is not None and asked != have:
+            raise UsageError(f"--{flag} {asked}: {build} was built with --{flag} {have}; leave it out, or build again "
+                             f"with qcn-compile --{flag} {asked}")
 
 
 def _is_checkpoint(given: Path) -> bool:

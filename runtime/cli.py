@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from qcn_compile.errors import QcnError, UsageError
-from qcn_compile.runtime.checkpoint import Checkpoint, add_checkpoint_flags, find_checkpoint
+from qcn_compile.runtime.checkpoint import Checkpoint, add_checkpoint_flags, check_layout, find_checkpoint
 from qcn_compile.runtime.prefix.options import add_prefix_flags, prefix_options
 from qcn_compile.runtime.replicas.options import OFF, add_replica_flags
 from qcn_compile.runtime.replicas.options import check as check_replicas
@@ -170,6 +170,8 @@ def _load(arguments: argparse.Namespace, checkpoint: Checkpoint | None) -> Model
     prefix, speculation = prefix_options(arguments), speculation_options(arguments)
     if checkpoint is not None:
         checkpoint.compile()
+    else:
+        check_layout(arguments.build, arguments.tp, arguments.ep)
     check_state_type(arguments.build, arguments.mamba_ssm_dtype)
     running, chunk = arguments.max_running_requests, arguments.prefill_chunk
     if running is None:

@@ -112,6 +112,18 @@ class HostLibrary:
         except AttributeError as error:
             raise ArtifactError(f"{path} is no host library of this version: {error}; build again") from None
 
+    def bind_ranks(self) -> None:
+        """Bind what builds for several ranks use (ranks.c)."""
+        library, pointer, integer, long = self._library, ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+        try:
+            self.ranks_bytes = self._bind(library.qcn_ranks_bytes, long, integer, long)
+            self.ranks_fail = self._bind(library.qcn_ranks_fail, None, pointer, ctypes.c_char_p)
+            self.ranks_collective = self._bind(library.qcn_ranks_collective, integer, pointer, integer, pointer,
+                                               pointer, long, long)
+            self.ranks_launch = int(ctypes.cast(library.qcn_ranks_launch, pointer).value or 0)
+        except AttributeError as error:
+            raise ArtifactError(f"the host library knows no ranks: {error}; build again with qcn-compile") from None
+
     @staticmethod
     def _bind(function: Any, result: Any, *arguments: Any) -> Any:
         function.restype, function.argtypes = result, list(arguments)
@@ -153,7 +165,7 @@ class CpuDevice:
         if not libraries:
             raise ArtifactError(f"{build} lists no libraries: it was built for the null target, which runs nothing")
         self.threads = threads
-        self._host = HostLibrary((build / libraries[0]).resolve())
+        self.host = self._host = HostLibrary((build / libraries[0]).resolve())
         status = os.stat(build / libraries[0])
         self._key = (status.st_dev, status.st_ino)
         users = _pools.get(self._key)

@@ -3,22 +3,41 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
-from qcn_compile.artifact import Arg, Manifest, Plan, Route, read_plan
+from qcn_compile.artifact import Arg, Launch, Manifest, Plan, Route, read_plan
 from qcn_compile.errors import ArtifactError, CapacityError, DeviceError
 from qcn_compile.runtime.batch import Capacity, InputArrays, Span, demand
+from qcn_compile.runtime.communicator import SharedMemory
 from qcn_compile.runtime.device import ANY, LAUNCH, POINTER, CpuDevice, address, allocate
 from qcn_compile.runtime.memory import MemoryPlan, page_part_bytes
-from qcn_compile.runtime.prefix.rows import CacheRows
+from qcn_compile.runtime.prefix.rows import CacheRows, Rows
 from qcn_compile.runtime.profile import Profile
 from qcn_compile.runtime.routing import Routing
 from qcn_compile.runtime.speculation.chain import in_turn
 from qcn_compile.runtime.weights import Weights
+
+MAIN, DRAFT = "main", "mtp"  # entries of plans
+
+
+class Team(Protocol):
+    """The other ranks of a build, as rank 0 sees them. `on_failure` is called from a thread when one dies."""
+
+    on_failure: Callable[[DeviceError], None]
+
+    def step(self, plan: str, inputs: np.ndarray) -> None:
+        """Let them run the step that rank 0 is about to run."""
+        ...
+
+    def tell(self, method: str, *arguments: Any) -> None:
+        """Let them do what rank 0 does to its weights or caches."""
+        ...
+
+    def close(self) -> None: ...
 
 
 class Addressed(Protocol):
@@ -45,8 +64,8 @@ class Plans:
     def __init__(self, build: Path, manifest: Manifest, memory: MemoryPlan) -> None:
         plans = sorted((read_plan(build, name) for name in manifest.plans),
                        key=lambda plan: (plan.tokens, plan.sequences, plan.rows))
-        self._plans = [plan for plan in plans if plan.entry == "main"]
-        self._draft_plans = [plan for plan in plans if plan.entry == "mtp"]
+        self._plans = [plan for plan in plans if plan.entry == MAIN]
+        self._draft_plans = [plan for plan in plans if plan.entry == DRAFT]
         self._every = [*self._plans, *self._draft_plans]
         if not self._plans:
             raise ArtifactError(f"{build} has no plan of the entry main; build again with qcn-compile")
@@ -58,6 +77,7 @@ class Plans:
         self.profile: Profile | None = None
         self.routing: Routing | None = None
         self.least_token = 0  # a device that chooses tokens has names below for those it has not told yet
+        self.team: Team | None = None  # the other ranks, which run every step of rank 0, too
 
     @property
     def capacities(self) -> tuple[Capacity, ...]:
@@ -89,8 +109,13 @@ class Plans:
                             "; split it, or build larger buckets")
 
     def replace_weight(self, name: str, data: np.ndarray) -> None:
-        """Other contents for a blob, before the first step."""
+        """Other contents for a blob, before the first step, on every rank."""
+        if self.team is not None:
+            self.team.tell("replace_weight", name, data)
         self._weights.replace(name, data)
+
+    def settle(self) -> None:
+        """Returns when all steps have ended."""
 
     def check_integrity(self) -> None:
         """The last step's inputs name only tokens, pages and slots that exist."""
@@ -128,9 +153,9 @@ class Executable(Plans):
     """Runs the plans on the CPU over caches of its own. Plans are bound to addresses on first use."""
 
     def __init__(self, build: Path, manifest: Manifest, device: CpuDevice, weights: Weights,
-                 memory: MemoryPlan) -> None:
+                 memory: MemoryPlan, communicator: SharedMemory | None = None) -> None:
         super().__init__(build, manifest, memory)
-        self._device, self._weights = device, weights
+        self._device, self._weights, self._communicator = device, weights, communicator
         self._tables: dict[tuple[str, str], tuple[np.ndarray, list[np.ndarray]]] = {}
         self._workspace = allocate(self.workspace_bytes)
         self._base = address(self._workspace)
@@ -142,8 +167,8 @@ class Executable(Plans):
         self._caches = {key: address(array) for key, array in self._memory_of_caches.items()}
         states = [array for (_, part), array in self._memory_of_caches.items() if not part]
         pages = [array for (_, part), array in self._memory_of_caches.items() if part]
-        self.rows = CacheRows([array.reshape(memory.pages, -1) for array in pages],
-                              [array.reshape(memory.all_slots, -1) for array in states])
+        self.rows: Rows = CacheRows([array.reshape(memory.pages, -1) for array in pages],
+                                    [array.reshape(memory.all_slots, -1) for array in states])
         self._last = self._plans[0]
 
     def run(self, spans: Sequence[Span]) -> np.ndarray:
@@ -176,23 +201,43 @@ class Executable(Plans):
     def _step(self, spans: Sequence[Span], plans: Sequence[Plan]) -> np.ndarray:
         plan = self._last = self.select(*demand(spans), plans)
         rows = self._inputs.fill(spans)
-        table = self._bound(plan)
-        seconds, began = None if self.profile is None else np.zeros(len(table)), time.perf_counter()
-        watched = self.routing is not None and plan.entry == "main"
-        failed = self._watched(plan, table, seconds) if watched else self._device.run(table, seconds)
-        if failed >= 0:
-            launch = plan.launches[failed]
-            raise DeviceError(f"kernel {launch.kernel} of op {launch.op} ({launch.location}) failed in plan {plan.name}"
-                              f": {self._device.error()}; check the build with qcn-run --verify, or build it again")
-        if self.profile is not None and seconds is not None:
-            self.profile.add(plan, seconds, began)
+        if self.team is not None:
+            parts = [self._inputs.packed()]
+            if plan.entry == DRAFT:
+                parts.append(self._hidden_in[:plan.tokens].view(np.int32).reshape(-1))
+            self.team.step(plan.key, np.concatenate(parts))
+        self._launch(plan)
         return self._output("logits", rows)
+
+    def follow(self, name: str, step: np.ndarray) -> None:
+        """Run a step of rank 0: plan of that key on its packed inputs, then a draft's hidden states."""
+        plan = next(plan for plan in self._every if plan.key == name)
+        end = self._inputs.unpack(step)
+        if plan.entry == DRAFT:
+            hidden = step[end:].view(np.float32).reshape(plan.tokens, -1)
+            self._hidden_in[:plan.tokens] = hidden
+        self._launch(plan)
 
     def _output(self, name: str, rows: int) -> np.ndarray:
         """Rows of a result of the last step, f32."""
         output = self._last.outputs[name]
         start, width = output["offset"], output["width"]
         return self._workspace[start:start + 4 * rows * width].view(np.float32).reshape(rows, width)
+
+    def _launch(self, plan: Plan) -> None:
+        """All launches of a plan on the inputs as they are."""
+        table = self._bound(plan)
+        seconds, began = None if self.profile is None else np.zeros(len(table)), time.perf_counter()
+        watched = self.routing is not None and plan.entry == MAIN
+        failed = self._watched(plan, table, seconds) if watched else self._device.run(table, seconds)
+        if failed >= 0:
+            launch = plan.launches[failed]
+            if launch.collective is not None:
+                raise DeviceError(self._device.error())
+            raise DeviceError(f"kernel {launch.kernel} of op {launch.op} ({launch.location}) failed in plan {plan.name}"
+                              f": {self._device.error()}; check the build with qcn-run --verify, or build it again")
+        if self.profile is not None and seconds is not None:
+            self.profile.add(plan, seconds, began)
 
     def _watched(self, plan: Plan, table: np.ndarray, seconds: np.ndarray | None) -> int:
         """The launches with a halt after every router, whose choices are counted; what `CpuDevice.run` returns."""
@@ -227,11 +272,19 @@ class Executable(Plans):
             table = np.zeros(len(plan.launches), LAUNCH)
             keep = []
             for row, launch in zip(table, plan.launches, strict=True):
-                args = np.zeros(len(launch.args), ANY)
+                row["function"], first = self._function(launch)
+                args = np.zeros(len(first) + len(launch.args), ANY)
                 args["type_index"] = POINTER
-                args["pointer"] = [self._pointer(arg, plan) for arg in launch.args]
-                row["function"] = self._device.symbol(launch.kernel)
+                args["pointer"] = [*first, *(self._pointer(arg, plan) for arg in launch.args)]
                 row["args"], row["n_args"] = address(args), len(args)
                 keep.append(args)
             self._tables[key] = table, keep
         return self._tables[key][0]
+
+    def _function(self, launch: Launch) -> tuple[int, list[int]]:
+        """Address of what a launch calls, and pointers that come before its arguments."""
+        if launch.collective is None:
+            return self._device.symbol(launch.kernel), []
+        if self._communicator is None:
+            raise ArtifactError(f"{launch.op}: a plan of several ranks was loaded for one; build again")
+        return self._device.host.ranks_launch, [self._communicator.descriptor(launch.collective)]

@@ -14,15 +14,15 @@ from weakref import WeakValueDictionary
 
 import numpy as np
 
-from qcn_compile import settings
 from qcn_compile.artifact import Manifest, read_manifest
 from qcn_compile.errors import ArtifactError, QcnError, UsageError
 from qcn_compile.runtime.cuda.device import CudaDevice
-from qcn_compile.runtime.cuda.executable import CudaExecutable, open_cuda
-from qcn_compile.runtime.device import CpuDevice, check_processor, processor_flags, usable
+from qcn_compile.runtime.cuda.executable import CudaExecutable
+from qcn_compile.runtime.device import CpuDevice
 from qcn_compile.runtime.engine import Engine, EngineConfig, check_tokens
 from qcn_compile.runtime.executable import Executable
 from qcn_compile.runtime.memory import MemoryPlan, memory_bytes, plan_memory, shared_budget, weight_file_bytes
+from qcn_compile.runtime.opening import close, open_cpu, open_gpus, runnable
 from qcn_compile.runtime.output import Output
 from qcn_compile.runtime.prefix.build import prefix_cache
 from qcn_compile.runtime.prefix.options import PrefixOptions
@@ -35,7 +35,7 @@ from qcn_compile.runtime.speculation.ngram import LookupDrafter
 from qcn_compile.runtime.speculation.options import MTP, SpeculationOptions
 from qcn_compile.runtime.speculation.speculation import Speculation
 from qcn_compile.runtime.tokenizer import FOLDER, GenerationDefaults, Tokenizer
-from qcn_compile.runtime.weights import Report, Weights
+from qcn_compile.runtime.weights import Report
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 
@@ -58,7 +58,7 @@ def load(build: str | PathLike[str], *, context_length: int | None = None, max_r
         if value is not None and value < 1:
             raise UsageError(f"--{name} {value}: must be at least 1")
     started, path = time.perf_counter(), Path(build)
-    manifest = _runnable(path, read_manifest(path, deep=verify))
+    manifest = runnable(path, read_manifest(path, deep=verify))
     rope = rope_override(overrides, manifest.model.get("config", {}))
     if rope is not None:
         context_length = context_length or manifest.context_length
@@ -67,44 +67,25 @@ def load(build: str | PathLike[str], *, context_length: int | None = None, max_r
     device: CpuDevice | CudaDevice
     executable: Executable | CudaExecutable
     if manifest.target.get("kind") == "gpu":
-        device, executable, memory = open_cuda(
-            path, manifest, context_length, max_running_requests, cache_memory, None if model is None else Path(model),
-            report, prefix, speculation is not None, memory_share, embedding_on_host)
+        device, executable, memory = open_gpus(path, manifest, context_length, max_running_requests, cache_memory,
+                                               model, report, prefix, bool(speculation), memory_share,
+                                               embedding_on_host)
     else:
         if embedding_on_host:
             raise UsageError("--embedding-on-host: a CPU build's weights lie in host memory anyway; leave it out")
         if memory_share is not None:
             cache_memory = shared_budget(memory_share, memory_bytes(), weight_file_bytes(path, manifest))
         memory = plan_memory(manifest, context_length, max_running_requests, cache_memory, prefix, bool(speculation))
-        device, executable = _open_cpu(path, manifest, memory, threads or settings.threads(), pin, huge_pages, report)
+        device, executable = open_cpu(path, manifest, memory, threads, pin, huge_pages, report)
     try:
         if rope is not None:
             apply(rope, manifest, executable)
         loaded = Model(path, manifest, device, executable, memory, prefill_chunk, prefix, speculation)
     except (QcnError, OSError):
-        device.close()
+        close(device, executable)
         raise
     loaded.load_seconds = time.perf_counter() - started
     return loaded
-
-
-def _open_cpu(path: Path, manifest: Manifest, memory: MemoryPlan, threads: int, pin: bool, huge_pages: bool,
-              report: Report | None) -> tuple[CpuDevice, Executable]:
-    check_processor(manifest.target)
-    device = CpuDevice(path, usable(manifest.libraries, manifest.target, processor_flags()), threads, pin)
-    try:
-        weights = Weights(path, manifest.weights, huge_pages, report)
-        return device, Executable(path, manifest, device, weights, memory)
-    except (QcnError, OSError):
-        device.close()
-        raise
-
-
-def _runnable(path: Path, manifest: Manifest) -> Manifest:
-    if manifest.target.get("vendor") == "amd":
-        raise ArtifactError(f"{path} was built for {manifest.target['name']}: kernels for AMD cards are compiled, but "
-                            "this qcn-run launches on NVIDIA cards and CPUs only; build for one of those")
-    return manifest
 
 
 class Model:
@@ -228,7 +209,7 @@ class Model:
         self.engine.abort_all()
         if self.engine.prefixes is not None:
             self.engine.prefixes.close()
-        self._device.close()
+        close(self._device, self.executable)
         if self.executable.routing is not None:
             self.executable.routing.write()
 

@@ -82,6 +82,7 @@ def plan_memory(manifest: Manifest, context_length: int | None, max_running: int
     slot_bytes = sum(cache.unit_bytes for cache in manifest.caches if cache.kind != "kv")
     each = -(-context // manifest.page_size)
     limit = int(memory_bytes() * DEFAULT_SHARE) if budget is None else budget
+    limit //= max(1, len(manifest.ranks))  # CPU ranks share the machine
     if prefix is not None and prefix.states is not None:
         max_running = min(max_running, prefix.states)
     drafts = max_running if speculate else 0
@@ -128,7 +129,8 @@ def shared_budget(share: float, total: int, weights: int) -> int:
 
 def weight_file_bytes(build: Path, manifest: Manifest) -> int:
     """Bytes of a build's weight files."""
-    return sum((build / name).stat().st_size for name in manifest.weights.get("files", ()))
+    files = [name for part in manifest.ranks or (manifest,) for name in part.weights.get("files", ())]
+    return sum((build / name).stat().st_size for name in files)
 
 
 def page_part_bytes(cache: CacheSpec) -> int:

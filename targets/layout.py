@@ -89,12 +89,13 @@ def problem_of(config: Mapping[str, Any], tp: int, ep: int, pp: int, replicas: i
         if value < 1:
             return f"{flag} {value}: must be at least 1"
     heads, kv = int(config["num_attention_heads"]), int(config["num_key_value_heads"])
-    keys, vocab = int(config["linear_num_key_heads"]), int(config["vocab_size"])
-    experts, width = int(config["num_experts"]), int(config["moe_intermediate_size"])
+    values = int(config.get("linear_num_value_heads") or tp)
+    experts, width = int(config.get("num_experts") or ep), int(config.get("moe_intermediate_size") or tp)
     layers = int(config["num_hidden_layers"])
-    for count, what in ((heads, "attention heads"), (keys, "DeltaNet key heads"), (vocab, "rows of the vocabulary")):
-        if count % tp:
-            return f"--tp {tp}: {count} {what} cannot be shared by {tp} ranks; choose a divisor of {count}"
+    for count, what in ((heads, "attention heads"), (values, "DeltaNet value heads")):
+        if count % tp and tp % count:
+            return (f"--tp {tp}: {count} {what} can neither be shared nor repeated evenly by {tp} ranks; "
+                    f"choose a divisor or a multiple of {count}")
     if tp % kv and kv % tp:
         return f"--tp {tp}: {kv} key-value heads can neither be shared nor repeated evenly by {tp} ranks"
     if tp % ep:

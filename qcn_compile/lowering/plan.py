@@ -6,11 +6,11 @@ from collections.abc import Iterator, Mapping
 from itertools import accumulate, groupby, pairwise
 from typing import Any
 
-from qcn_compile.artifact import Arg, Launch, Plan, Route
+from qcn_compile.artifact import Arg, Collective, Launch, Plan, Route
 from qcn_compile.errors import LoweringError
 from qcn_compile.ir.encoding import Encoding
 from qcn_compile.ir.graph import Graph, Op, Value
-from qcn_compile.ir.types import StateRef
+from qcn_compile.ir.types import StateRef, Sym
 from qcn_compile.lowering.memory import Buffer, Key, assign, liveness
 from qcn_compile.lowering.schedule import Schedule, encoding_of, row_width, weight_bytes, work
 from qcn_compile.lowering.weights import BlobKey
@@ -47,7 +47,8 @@ def make_plan(schedule: Schedule, names: Mapping[BlobKey, str]) -> tuple[Plan, l
     for step, (bytes_, flops) in zip(schedule.steps, _works(schedule), strict=True):
         args = tuple(_argument(schedule, step.op, ref, offsets, names) for ref in step.call.args)
         launches.append(Launch(step.call.kernel.symbol, args, f"{step.op.name} %{step.op.results[0].name}",
-                               str(step.op.loc), bytes_, flops, step.call.grid))
+                               str(step.op.loc), bytes_, flops, step.call.grid,
+                               _collective(step.op) if step.collective else None))
     bucket = schedule.bucket
     plan = Plan(schedule.graph.name, bucket.name, bucket.tokens, bucket.sequences, bucket.rows, total,
                 tuple(launches), _outputs(schedule.graph, schedule, offsets), _routes(schedule, offsets))
@@ -82,6 +83,14 @@ def _routes(schedule: Schedule, offsets: Mapping[Key, int]) -> tuple[Route, ...]
         found.append(Route(index, op.loc.module, _placed(schedule, ids, offsets).offset, row_width(ids.tensor),
                            int(op.attrs["top_k"]), row_width(logits.tensor) - int(bool(op.attrs["shared"]))))  # type: ignore[arg-type]
     return tuple(found)
+
+
+def _collective(op: Op) -> Collective:
+    type_ = op.inputs[0].tensor
+    symbol = type_.shape[0]
+    if not isinstance(symbol, Sym) or (symbol.scale, symbol.offset) != (1, 0):
+        raise LoweringError(f"{op.name} at {op.loc}: a collective of {type_}; its rows must be T, S or R")
+    return Collective(op.name, type_.dtype.value, symbol.name, row_width(type_))
 
 
 def _argument(schedule: Schedule, op: Op, ref: Ref, offsets: Mapping[Key, int],

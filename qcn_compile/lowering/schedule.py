@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from qcn_compile.errors import LoweringError
@@ -11,7 +12,7 @@ from qcn_compile.ir.optable import row
 from qcn_compile.ir.text import format_op
 from qcn_compile.ir.types import BatchType, StateKind, StateRef, StateType, Sym, TensorType
 from qcn_compile.passes.canonicalize import static_values
-from qcn_compile.targets.base import Bucket, Call, Operand, Target
+from qcn_compile.targets.base import Bucket, Call, Kernel, Operand, Ref, Target
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Step:
 
     op: Op
     call: Call
+    collective: bool = False  # the ranks' communicator runs it; its kernel, if it has parameters, is one way to
 
 
 @dataclass
@@ -76,10 +78,32 @@ def schedule(graph: Graph, bucket: Bucket, target: Target) -> Schedule:
             continue
         for value in op.results:
             result.views[value] = View(value, 0, row_width(value.tensor))
+        if row(op.name).collective:
+            result.steps += _collective(op, result, target)
+            continue
         operands = [_operand(v, result) for v in op.operands]
         for call in target.lower(op, operands, [v.tensor for v in op.results], bucket):
             result.steps.append(Step(op, call))
     return result
+
+
+def _collective(op: Op, result: Schedule, target: Target) -> list[Step]:
+    """The first step is the communicator's; those of the target after it put in order what came."""
+    x = op.inputs[0]
+    if result.views[x].stride != row_width(x.tensor):
+        raise LoweringError(f"a collective needs dense rows: {format_op(op)}")
+    if target.kind == "gpu":
+        calls = target.lower(op, [_operand(x, result)], [v.tensor for v in op.results], result.bucket)
+    else:
+        calls = [Call(Kernel.make(op.name),
+                      (Ref("operand", index=0), Ref("result", index=0), Ref("input", name="counts")))]
+    return [Step(op, call, not place) for place, call in enumerate(calls)]
+
+
+def kernels_of(schedules: Iterable[Schedule]) -> list[Kernel]:
+    """Every kernel that some schedule launches, once."""
+    return list(dict.fromkeys(step.call.kernel for schedule in schedules for step in schedule.steps
+                              if not step.collective or step.call.kernel.params))
 
 
 def _operand(value: Value | None, result: Schedule) -> Operand | None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import json
+import os
+import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +25,9 @@ ALIGNMENT = 16  # kernels were promised pointers at multiples of this
 THREAD_LOCAL = 1  # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
 NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING
 MAPPED = 2  # CU_MEMHOSTALLOC_DEVICEMAP
+NOT_READY = 600
 NO_TIMING = 2  # CU_EVENT_DISABLE_TIMING
+POLL_SECONDS = 2e-5
 REBUILD = "build again with qcn-compile"
 
 
@@ -60,6 +66,7 @@ class CudaDevice:
         self._allocated: list[Any] = []
         self._pinned: list[int] = []
         self._open = True
+        self.watch: Callable[[float], None] | None = None  # told how long a wait lasts; raises to end it
 
     def __str__(self) -> str:
         return self.name
@@ -78,6 +85,10 @@ class CudaDevice:
     def activate(self) -> None:
         """Make this GPU the calling thread's."""
         self.driver("cuCtxSetCurrent", self._context)
+
+    def count(self) -> int:
+        """Visible GPUs."""
+        return int(self.driver("cuDeviceGetCount"))
 
     def free_bytes(self) -> int:
         """Memory nobody has taken."""
@@ -113,6 +124,15 @@ class CudaDevice:
         """Host array to device memory; returns when done."""
         self.driver("cuMemcpyHtoD", to, data.ctypes.data, data.nbytes)
 
+    def download(self, data: np.ndarray, source: int) -> None:
+        """Device memory to a host array; returns when done."""
+        self.driver("cuMemcpyDtoH", data.ctypes.data, source, data.nbytes)
+
+    def clear(self, at: int, nbytes: int) -> None:
+        """Zeros; returns when done."""
+        self.driver("cuMemsetD8", at, 0, nbytes)
+        self.driver("cuCtxSynchronize")
+
     def upload_soon(self, to: int, data: np.ndarray) -> None:
         """Pinned array to device memory, in the stream."""
         self.driver("cuMemcpyHtoDAsync", to, data.ctypes.data, data.nbytes, self.stream)
@@ -142,7 +162,10 @@ class CudaDevice:
 
     def synchronize(self) -> None:
         """Wait for everything in the stream."""
-        self.driver("cuStreamSynchronize", self.stream)
+        if self.watch is None:
+            self.driver("cuStreamSynchronize", self.stream)
+        else:
+            self._poll("cuStreamQuery", self.stream)
 
     def load(self, folder: Path, names: set[str]) -> None:
         """Load the named kernels of a build's kernel folder. Raises ArtifactError when one is missing."""
@@ -172,8 +195,8 @@ class CudaDevice:
         """Places of the pointers that need no alignment."""
         return set(self._functions[kernel].row["loose"])
 
-    def prepare(self, kernel: str, grid: Sequence[int], pointers: Sequence[int]) -> Prepared:
-        """A launch with its arguments fixed."""
+    def prepare(self, kernel: str, grid: Sequence[int], pointers: Sequence[int], overlap: bool = True) -> Prepared:
+        """A launch with its arguments fixed. `overlap`: it may start while the one before it ends."""
         function = self._functions[kernel]
         if len(pointers) != function.row["pointers"]:
             raise ArtifactError(f"kernel {kernel} takes {function.row['pointers']} pointers, the plan gives "
@@ -185,7 +208,7 @@ class CudaDevice:
         config.gridDimX, config.gridDimY, config.gridDimZ = (*grid, 1, 1)[:3]
         config.blockDimX, config.blockDimY, config.blockDimZ = function.row["threads"], 1, 1
         config.sharedMemBytes, config.hStream = function.row["shared"], self.stream
-        config.attrs = [self._overlap()] if function.row["pdl"] else []
+        config.attrs = [self._overlap()] if overlap and function.row["pdl"] else []
         config.numAttrs = len(config.attrs)
         return Prepared(function, config, values, addresses)
 
@@ -229,7 +252,20 @@ class CudaDevice:
 
     def wait(self, event: Any) -> None:
         """Until what was in the stream when the event was recorded has ended."""
-        self.driver("cuEventSynchronize", event)
+        if self.watch is None:
+            self.driver("cuEventSynchronize", event)
+        else:
+            self._poll("cuEventQuery", event)
+
+    def _poll(self, query: str, what: Any) -> None:
+        """Ask again and again, so that `watch` may raise: what other ranks do not finish would never end."""
+        assert self.watch is not None
+        started = time.monotonic()
+        while int(code := getattr(self.driver.api, query)(what)[0]) == NOT_READY:
+            self.watch(time.monotonic() - started)
+            time.sleep(POLL_SECONDS)
+        if int(code):
+            self.driver(query, what)
 
     def seconds(self, first: Any, last: Any) -> float:
         """Time between two events that have passed."""
@@ -242,11 +278,22 @@ class CudaDevice:
         self._open = False
         self.activate()
         try:
+            if self.watch is not None:
+                self.watch(0.0)
             self.synchronize()
         except DeviceError:  # a failed kernel leaves a context that answers nothing any more; memory goes with it
+            if self.watch is not None:
+                atexit.register(_leave)
             return
         for pointer in self._allocated:
             self.driver("cuMemFree", pointer)
         for address in self._pinned:
             self.driver("cuMemFreeHost", address)
         self.driver("cuDevicePrimaryCtxRelease", self._device)
+
+
+def _leave() -> None:
+    """End the process at once: libraries would wait for a GPU that waits for a rank that is gone."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(DeviceError.exit_code)

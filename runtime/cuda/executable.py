@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from qcn_compile.artifact import Arg, Manifest, Plan, read_plan
-from qcn_compile.errors import ArtifactError, CapacityError, DeviceError
+from qcn_compile.artifact import Arg, Launch, Manifest, Plan
+from qcn_compile.errors import ArtifactError, DeviceError
 from qcn_compile.runtime.batch import Span, demand
 from qcn_compile.runtime.choice import Pick
-from qcn_compile.runtime.cuda.device import ALIGNMENT, CudaDevice, Prepared
+from qcn_compile.runtime.cuda.device import ALIGNMENT, CudaDevice
+from qcn_compile.runtime.cuda.exchange import Exchange
 from qcn_compile.runtime.cuda.footprint import (
-    RESERVE,
     cache_groups,
-    fixed_bytes,
     footprint,
     pitch,
 )
@@ -27,71 +27,23 @@ from qcn_compile.runtime.cuda.hidden import HiddenStates
 from qcn_compile.runtime.cuda.rows import CudaRows, Group
 from qcn_compile.runtime.cuda.sampling import WIDTH, SlotArrays, write_choice, write_likeliest
 from qcn_compile.runtime.cuda.stage import Stage
-from qcn_compile.runtime.cuda.weights import DeviceWeights, look_ups, total_bytes
+from qcn_compile.runtime.cuda.step import CudaStep
+from qcn_compile.runtime.cuda.weights import DeviceWeights
 from qcn_compile.runtime.executable import Plans
-from qcn_compile.runtime.memory import MemoryPlan, plan_memory, shared_budget
-from qcn_compile.runtime.prefix.options import PrefixOptions
+from qcn_compile.runtime.memory import MemoryPlan
+from qcn_compile.runtime.prefix.rows import Rows
 from qcn_compile.runtime.speculation.chain import following, last_rows
-from qcn_compile.runtime.weights import Report
 
 KERNELS = "kernels"
-
-
-def open_cuda(build: Path, manifest: Manifest, context_length: int | None, max_running: int, budget: int | None,
-              model: Path | None = None, report: Report | None = None, prefix: PrefixOptions | None = None,
-              speculate: bool = False, share: float | None = None, embedding_on_host: bool = False
-              ) -> tuple[CudaDevice, CudaExecutable, MemoryPlan]:
-    """The first visible GPU with a build loaded. `budget` bytes for caches; None: what the weights leave, or what they
-    leave of a `share` of the card. embedding_on_host: the table of tokens in pinned host memory, its rows read over the
-    bus.
-
-    Raises ArtifactError for another card's build, CapacityError when the weights or one context do not fit.
-    """
-    device = CudaDevice(manifest.target)
-    try:
-        plans = [read_plan(build, name) for name in manifest.plans]
-        on_host = look_ups(plans) if embedding_on_host else frozenset()
-        fixed = RESERVE + sum(fixed_bytes(build, manifest, plans, context_length or manifest.context_length,
-                                          max_running, on_host).values())
-        free = device.free_bytes()
-        if fixed > free:
-            raise CapacityError(f"{device.name} has {free / 1e9:.1f} GB free, weights and workspace need "
-                                f"{fixed / 1e9:.1f} GB; end other programs that use it, or build with --quant fp8")
-        if share is not None:
-            budget = shared_budget(share, device.total_bytes(), total_bytes(build, manifest.weights, on_host))
-        most = free - fixed if budget is None else min(budget, free - fixed)
-        memory = plan_memory(manifest, context_length, max_running, most, prefix, speculate)
-        weights = DeviceWeights(build, manifest.weights, device, model, report, on_host)
-        return device, CudaExecutable(build, manifest, device, weights, memory), memory
-    except Exception:
-        device.close()
-        raise
-
-
-class CudaStep:
-    """A step on its way through the stream."""
-
-    def __init__(self, executable: CudaExecutable, plan: Plan, stage: Stage, rows: int) -> None:
-        self._executable, self._plan, self._stage, self._rows = executable, plan, stage, rows
-
-    def tokens(self) -> np.ndarray:
-        """i32 [R], the tokens chosen; -1 in rows left to the host, and where logits are no numbers."""
-        self._executable.wait(self._plan, self._stage)
-        return self._stage.chosen[:self._rows].copy()
-
-    def logits(self) -> np.ndarray:
-        """f32 [R, vocab] of a step that left rows to the host; valid until the next one."""
-        self._executable.wait(self._plan, self._stage)
-        return self._executable.widened(self._plan, self._rows)
 
 
 class CudaExecutable(Plans):
     """Runs the plans on a GPU over caches of its own. Every plan is captured into a graph when loaded."""
 
     def __init__(self, build: Path, manifest: Manifest, device: CudaDevice, weights: DeviceWeights,
-                 memory: MemoryPlan) -> None:
+                 memory: MemoryPlan, exchange: Exchange | None = None) -> None:
         super().__init__(build, manifest, memory)
-        self._device, self._weights = device, weights
+        self._device, self._weights, self._exchange = device, weights, exchange
         self.host_weight_bytes = weights.host_bytes
         self.footprint = footprint(build, manifest, self._every, memory, weights.on_host)
         self._base = device.allocate(self.workspace_bytes)
@@ -102,12 +54,15 @@ class CudaExecutable(Plans):
         rows = max(plan.rows for plan in self._every)
         self._slot_arrays = SlotArrays(device, memory.slots, self._vocab, rows)
         self._places = dict(self._slot_arrays.places)
+        if exchange is not None:
+            self._places["peers"] = exchange.table
         self._chosen = self._places["chosen"]
         self._states = HiddenStates(device, self._every, manifest.hidden_size) if self._draft_plans else None
         if self._states is not None:
             self._places["hidden"] = self._states.place
         self.least_token, self._last = -memory.slots, self._plans[0]
-        device.load(build / KERNELS, {launch.kernel for plan in self._every for launch in plan.launches})
+        device.load(build / KERNELS, {launch.kernel for plan in self._every for launch in plan.launches
+                                      if launch.collective is None or launch.grid})
         self._launches = {plan.key: [self._prepared(plan, i) for i in range(len(plan.launches))]
                           for plan in self._every}
         self._graphs = {plan.key: self._capture(plan) for plan in self._every}
@@ -146,13 +101,29 @@ class CudaExecutable(Plans):
             if len(started) == len(self._stages):
                 found.append(started.pop(0).tokens())
             if number:
-                self._states.carry(self._hidden_place(), last_rows(spans).tolist())
+                self._both("carry_hidden", last_rows(spans).tolist())
                 spans = following(spans, [-1 - span.slot for span in spans])
             else:
-                self._states.send(hidden)
+                self._both("write_hidden", hidden)
             started.append(self._draft_round(spans))
         found += [step.tokens() for step in started]
         return np.maximum(np.stack(found), 0)  # -1 where logits are no numbers: any guess will do
+
+    def _both(self, method: str, argument: Any) -> None:
+        """What is done to the hidden states, on all ranks."""
+        if self.team is not None:
+            self.team.tell(method, argument)
+        getattr(self, method)(argument)
+
+    def carry_hidden(self, rows: list[int]) -> None:
+        """Hidden states of the last step become those that the draft head reads."""
+        assert self._states is not None
+        self._states.carry(self._hidden_place(), rows)
+
+    def write_hidden(self, hidden: np.ndarray) -> None:
+        """Hidden states that the draft head reads."""
+        assert self._states is not None
+        self._states.send(hidden)
 
     def _draft_round(self, spans: Sequence[Span]) -> CudaStep:
         plan = self.select(*demand(spans), self._draft_plans)
@@ -176,8 +147,12 @@ class CudaExecutable(Plans):
 
     def _start(self, plan: Plan, stage: Stage, rows: int, picks: Sequence[Pick | None]) -> None:
         """Put a step and the way back of its results into the stream."""
+        if self.team is not None:
+            self._slot_arrays.tell = self.team.tell
         try:
             self._slot_arrays.send(picks)
+            if self.team is not None:
+                self.team.step(plan.key, stage.block[:stage.used(plan)])
             self._device.upload_soon(self._input_base, stage.block[:stage.used(plan)])
             if self.profile is None:
                 self.replay(plan)
@@ -194,6 +169,27 @@ class CudaExecutable(Plans):
             return span
         self.rows.copy_state(span.slot, span.into)
         return replace(span, slot=span.into, into=None)
+
+    def follow(self, name: str, step: np.ndarray) -> None:
+        """Start a step of rank 0: the plan of that key on the bytes that rank 0 copied to its device."""
+        plan, stage = next(plan for plan in self._every if plan.key == name), self._stages[0]
+        self._stages.reverse()
+        self.wait(plan, stage)
+        self._last = plan
+        stage.block[:step.nbytes] = step.view(np.uint8)
+        try:
+            self._device.upload_soon(self._input_base, stage.block[:step.nbytes])
+            self.replay(plan)
+            self._device.record(stage.done)
+        except DeviceError as error:
+            raise self._stopped(plan, error) from None
+
+    def write_slot(self, name: str, slot: int, line: np.ndarray) -> None:
+        """What rank 0 wrote to the arrays of a slot."""
+        self._slot_arrays.write(name, slot, line)
+
+    def settle(self) -> None:
+        self._device.synchronize()
 
     def wait(self, plan: Plan, stage: Stage) -> None:
         """Until the last step from a stage has ended."""
@@ -220,8 +216,8 @@ class CudaExecutable(Plans):
 
     def run_launches(self, plan: Plan) -> None:
         """One plan kernel by kernel, in the stream."""
-        for prepared in self._launches[plan.key]:
-            self._device.launch(prepared)
+        for launch in self._launches[plan.key]:
+            launch()
 
     def plan(self, name: str) -> Plan:
         """A plan of the main model by name."""
@@ -246,8 +242,8 @@ class CudaExecutable(Plans):
             self._events.append(self._device.event())
         events = self._events[:len(plan.launches) + 1]
         self._device.record(events[0])
-        for prepared, event in zip(self._launches[plan.key], events[1:], strict=True):
-            self._device.launch(prepared)
+        for launch, event in zip(self._launches[plan.key], events[1:], strict=True):
+            launch()
             self._device.record(event)
         self._device.synchronize()
         return np.array([self._device.seconds(a, b) for a, b in pairwise(events)])
@@ -267,7 +263,7 @@ class CudaExecutable(Plans):
             for key in keys:
                 self._caches[key] = at
                 at += size
-        self.rows = CudaRows(self._device, groups[True], groups[False])
+        self.rows: Rows = CudaRows(self._device, groups[True], groups[False])
 
     def _pointer(self, arg: Arg, plan: Plan) -> int:
         places = self._stages[0].offsets[plan.key]
@@ -275,12 +271,22 @@ class CudaExecutable(Plans):
             return self._input_base + places[arg.name]
         return super()._pointer(arg, plan)
 
-    def _prepared(self, plan: Plan, index: int) -> Prepared:
+    def _prepared(self, plan: Plan, index: int) -> Callable[[], None]:
+        """What puts a launch into the stream."""
         launch = plan.launches[index]
         pointers = [self._pointer(arg, plan) for arg in launch.args]
+        if launch.collective is not None:
+            if self._exchange is None:
+                raise ArtifactError(f"{launch.op}: a plan of several ranks was loaded for one; build again")
+            return self._exchange.prepare(launch, pointers, plan)
         loose = self._device.loose(launch.kernel)
         for place, (arg, pointer) in enumerate(zip(launch.args, pointers, strict=True)):
             if pointer % ALIGNMENT and place not in loose:
                 raise ArtifactError(f"plan {plan.name}, {launch.op}: argument {arg.kind} {arg.name} is not on a "
                                     f"{ALIGNMENT}-byte boundary; build again with qcn-compile")
-        return self._device.prepare(launch.kernel, launch.grid, pointers)
+        overlap = index == 0 or self._overlaps(plan.launches[index - 1])
+        return partial(self._device.launch, self._device.prepare(launch.kernel, launch.grid, pointers, overlap))
+
+    def _overlaps(self, before: Launch) -> bool:
+        """Whether a kernel may start while this launch ends: not when a library runs it."""
+        return before.collective is None or (self._exchange is not None and self._exchange.has_kernel(before))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from qcn_compile.artifact import Manifest, Plan
 from qcn_compile.runtime.batch import Capacity, InputArrays
+from qcn_compile.runtime.cuda.exchange import exchange_bytes
 from qcn_compile.runtime.cuda.sampling import WIDTH, array_bytes
 from qcn_compile.runtime.cuda.weights import total_bytes
 from qcn_compile.runtime.memory import MemoryPlan, page_part_bytes
@@ -33,7 +34,8 @@ def fixed_bytes(build: Path, manifest: Manifest, plans: Sequence[Plan], context_
     return {"weights": total_bytes(build, manifest.weights, on_host),
             "workspace": max(plan.workspace_bytes for plan in plans),
             "inputs": max(offsets(plan, width)["end"] for plan in plans),
-            "sampling": sum(array_bytes(manifest.vocab_size, slots, rows).values()), **drafting}
+            "sampling": sum(array_bytes(manifest.vocab_size, slots, rows).values()), **drafting,
+            **({"exchange": exchange_bytes(manifest)} if manifest.layout else {})}
 
 
 def hidden_bytes(plans: Sequence[Plan], width: int) -> int:

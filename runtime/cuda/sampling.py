@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -97,6 +97,7 @@ class SlotArrays:
         self._sizes = slot_arrays(vocab)
         self._line = device.pinned(4 * max(self._sizes.values())).view(np.int32)
         self._sent = device.event(timed=False)
+        self.tell: Callable[..., None] | None = None  # other ranks, which choose the same tokens
 
     def send(self, picks: Sequence[Pick | None]) -> None:
         """What the picks need beyond their rows, in the stream."""
@@ -112,7 +113,13 @@ class SlotArrays:
 
     def _send(self, name: str, pick: Pick, line: np.ndarray) -> None:
         assert pick.request.slot is not None
+        if self.tell is not None:
+            self.tell("write_slot", name, pick.request.slot, line)
+        self.write(name, pick.request.slot, line)
+
+    def write(self, name: str, slot: int, line: np.ndarray) -> None:
+        """A slot's line of an array, in the stream."""
         self._device.wait(self._sent)  # the one before has left the pinned line
         self._line[:len(line)] = line
-        self._device.upload_soon(self.places[name] + 4 * pick.request.slot * self._sizes[name], self._line[:len(line)])
+        self._device.upload_soon(self.places[name] + 4 * slot * self._sizes[name], self._line[:len(line)])
         self._device.record(self._sent)

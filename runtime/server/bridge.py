@@ -129,6 +129,11 @@ class Bridge:
             for ticket in list(self._tickets.values()):
                 self._end(ticket, ApiError(503, "the server shut down before the answer was complete", code="shutdown"))
 
+    def fail(self, error: BaseException) -> None:
+        """Refuse everything from now on, from any thread: something the engine needs is gone."""
+        if self._loop is not None:
+            self._call(self._fail, error)
+
     def stop(self, timeout: float = 10.0) -> bool:
         """End the thread after its current step. Whether it ended in time."""
         self._commands.put(None)
@@ -179,6 +184,8 @@ class Bridge:
             ticket.wake.set()
 
     def _fail(self, error: BaseException) -> None:
+        if self.failure is not None:
+            return
         self.failure = error
         for ticket in list(self._tickets.values()):
             self._refuse(ticket, error)

@@ -44,6 +44,8 @@ def serve(arguments: argparse.Namespace, load: Callable[[], Model]) -> int:
     with listen(arguments.host, arguments.port) as listener, load() as model:
         _log.info("%s: %s", arguments.build, model.describe())
         service = Service.of(model, config, given)
+        if model.executable.team is not None:
+            model.executable.team.on_failure = service.bridge.fail
         return run(Server(service, listener, arguments.ssl_certfile, arguments.ssl_keyfile))
 
 

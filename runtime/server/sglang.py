@@ -9,12 +9,9 @@ from pathlib import Path
 from qcn_compile.errors import UsageError
 from qcn_compile.runtime.rope import parse_overrides
 
-_ONE_DEVICE = "several GPUs for one model are not built yet; leave it out"
 COUNTS = {
-    "tp": (("--tp", "--tp-size", "--tensor-parallel-size"), f"tensor parallelism: {_ONE_DEVICE}"),
-    "ep": (("--ep", "--ep-size", "--expert-parallel-size"), f"expert parallelism: {_ONE_DEVICE}"),
     "dp": (("--dp", "--dp-size", "--data-parallel-size"), "data parallelism: start one server for each GPU"),
-    "pp": (("--pp", "--pp-size", "--pipeline-parallel-size"), f"pipeline parallelism: {_ONE_DEVICE}"),
+    "pp": (("--pp", "--pp-size", "--pipeline-parallel-size"), "pipeline parallelism is not built yet; use --tp"),
     "speculative_eagle_topk": (("--speculative-eagle-topk",), "a tree of drafts is not built yet; 1 is a chain"),
 }
 """Numbers that may only be 1."""

@@ -18,7 +18,7 @@ from qcn_compile.targets.files import import_file
 
 PACKAGE = "qcn_compile.targets.triton.kernels"
 OPTIONS = ("WARPS", "STAGES", "REGISTERS")
-ITEMSIZE = {"bf16": 2, "f32": 4, "i32": 4, "fp8": 1}
+ITEMSIZE = {"bf16": 2, "f32": 4, "i32": 4, "i64": 8, "fp8": 1}
 _POINTER = re.compile(r"(\w+)(~?)(?:\?(\w+))?:(\{(\w+)\}|\w+)$")
 _BATCH = "token_seq:i32 cu:i32 context_lens:i32 block_table:i32 counts:i32"
 _SPANS = "cu:i32 context_lens:i32 slots:i32 counts:i32"
@@ -86,6 +86,7 @@ FAMILIES = {
                                              "block_table:i32"),
     "matmul": Family("linear", "x:bf16 w:{W} s?SCALED:f32 r?ADDEND:{R} y:bf16 counts:i32"),
     "moe_route": Family("moe", "logits~:bf16 ids:i32 weights:f32 counts:i32"),
+    "local_experts": Family("moe", "ids:i32 weights:f32 here:i32 share:f32 counts:i32"),
     "moe_up": Family("moe", "x:bf16 ids:i32 w:{W} s?SCALED:f32 h:bf16 counts:i32"),
     "moe_down": Family("moe", "h:bf16 ids:i32 weights:f32 w:{W} s?SCALED:f32 r?ADD:bf16 y:bf16 counts:i32"),
     "quantize_rows": Family("gemm", "x:bf16 q:fp8 qs:f32 counts:i32"),
@@ -115,6 +116,8 @@ FAMILIES = {
                                        f"keys:{{KV}} values:{{KV}} {_BATCH}"),
     "attention_split": Family("attention", f"q:bf16 part:f32 score:f32 keys:{{KV}} values:{{KV}} {_BATCH}"),
     "attention_combine": Family("attention", "part:f32 score:f32 gate?GATE:bf16 y:bf16 counts:i32"),
+    "all_reduce": Family("ranks", "x:bf16 y:bf16 peers:i64 counts:i32"),
+    "interleave": Family("ranks", "parts:bf16 y:bf16 counts:i32"),
     "sample_blocks": Family("sample", f"{_LOGITS} top:f32 arg:i32 mass:f32 counts:i32"),
     "sample_shortlist": Family("sample", f"{_LOGITS} top:f32 value:f32 number:i32 found:i32 counts:i32"),
     "sample_pick": Family("sample", f"{_LOGITS} top:f32 arg:i32 mass:f32 value:f32 number:i32 found:i32 chosen:i32 "

@@ -18,6 +18,7 @@ from qcn_compile.targets.tvm.processor import llvm_name, llvm_target, variants
 
 HERE = Path(__file__).parent
 HOST, KERNELS = "libqcnhost.so", "libkernels.so"
+HOST_SOURCES = ("host.c", "ranks.c")
 LINK = ("-shared", "-fPIC", "-Wl,--build-id=none", "-Wl,-Bsymbolic", "-Wl,-z,noexecstack")
 Progress = Callable[[int, int], None]
 
@@ -80,9 +81,10 @@ def compiled(functions: Sequence[Any], chip: Hardware) -> Any:
 
 
 def build_host(folder: Path) -> None:
-    """host.c and the library made from it."""
-    shutil.copyfile(HERE / "host.c", folder / "host.c")
-    flags = ["-O2", "-std=gnu11", "-fvisibility=hidden", *LINK, "-o", HOST, "host.c", "-lpthread", "-ldl"]
+    """host.c and ranks.c, and the library made from them."""
+    for name in HOST_SOURCES:
+        shutil.copyfile(HERE / name, folder / name)
+    flags = ["-O2", "-std=gnu11", "-fvisibility=hidden", *LINK, "-o", HOST, *HOST_SOURCES, "-lpthread", "-ldl"]
     run_compiler(flags, str(folder))
 
 

@@ -80,6 +80,8 @@ static void set_error(const char* text) {
   pthread_mutex_unlock(&error_lock);
 }
 
+void qcn_host_set_error(const char* text) { set_error(text); } /* for ranks.c */
+
 static void clear_error(void) {
   pthread_mutex_lock(&error_lock);
   error_text[0] = 0;

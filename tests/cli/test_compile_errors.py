@@ -42,7 +42,7 @@ def fails(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str]:
 
 @pytest.mark.parametrize(("argv", "code", "words"), [
     (["--target", "tpu"], 2, ["--target tpu", "unknown"]),
-    (["--target", "h100", "--tp", "8"], 2, ["--tp 8", "one GPU"]),
+    (["--tp", "3"], 2, ["--tp 3", "4 attention heads"]), (["--tp", "4", "--ep", "3"], 2, ["--ep 3", "the 4 of --tp"]),
     (["--model", "no/such/dir"], 3, ["no/such/dir"]),
     (["--quant", "fp8"], 2, ["--quant fp8"]),
     (["--activations", "int8", "--quant", "none"], 2, ["--activations int8 needs --quant"]),

@@ -25,6 +25,7 @@ VARIANTS: dict[str, dict[str, object]] = {
     "int8": {"dtype": "bf16", "quant": "int8"},
     "int4": {"dtype": "bf16", "quant": "int4"},
     "int4-gptq": {"dtype": "bf16", "quant": "int4", "calibrate": "calibration.jsonl"},
+    "fp32-tp2": {"dtype": "fp32", "quant": "none", "tp": 2, "mtp": True},
     "int4-f32": {"dtype": "bf16", "quant": "int4", "activations": "fp32"},
 }
 

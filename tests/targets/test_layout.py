@@ -48,8 +48,8 @@ def test_stages_cover_all_layers() -> None:
 
 
 @pytest.mark.parametrize(("degrees", "message"), [
-    ({"tp": 3}, "16 attention heads cannot be shared by 3 ranks; choose a divisor of 16"),
-    ({"tp": 32}, "16 attention heads"),
+    ({"tp": 3}, "16 attention heads can neither be shared nor repeated evenly by 3 ranks; choose a divisor"),
+    ({"tp": 24}, "16 attention heads"),
     ({"tp": 0}, "--tp 0: must be at least 1"),
     ({"tp": 4, "ep": 3}, "--ep 3: the ranks that share experts are the 4 of --tp"),
     ({"ep": 2}, "--ep 2: the ranks that share experts are the 1 of --tp"),

@@ -33,6 +33,23 @@ def test_route(lab: Lab, program: Program) -> None:
         lab.check(program, Ragged((tokens,)), threads=2, seed=tokens)
 
 
+def _local(first: int, count: int, shared: bool, group: int) -> Program:
+    p = Program(f"local experts {first} {count} {shared} {group}")
+    route = p.op("moe_route", [p.input("logits", f"f32[T,{12 + shared}]", scale=3.0)], top_k=5, normalize=True,
+                 shared=shared)
+    p.op("local_experts", list(route), first=first, count=count, shared=12 if shared else -1, group=group, groups=3)
+    return p
+
+
+LOCAL = [_local(0, 4, True, 0), _local(8, 4, True, 2), _local(4, 3, False, 1)]
+
+
+@pytest.mark.parametrize("program", LOCAL, ids=lambda p: p.name)
+def test_experts_of_a_group(lab: Lab, program: Program) -> None:
+    for tokens in (1, 13):
+        lab.check(program, Ragged((tokens,)), seed=tokens)
+
+
 TIES = Program("route with ties")
 TIES.op("moe_route", [TIES.op("mul_scalar", [TIES.input("x", "f32[T,20]")], value=0.0)], top_k=4, normalize=True,
         shared=False)

@@ -54,6 +54,9 @@ def _programs() -> dict[str, Program]:
     for form in ("f32", "bf16"):
         p = made[f"embedding {form}"] = Program(f"embedding {form}")
         p.op("embedding", [p.input("ids", "i32[T]", ints=(0, 50)), p.weight("table", (50, 21), Encoding(form))])
+        p = made[f"part of an embedding {form}"] = Program(f"part of an embedding {form}")
+        p.op("embedding", [p.input("ids", "i32[T]", ints=(0, 50)), p.weight("table", (19, 21), Encoding(form))],
+             first=13)
     return made
 
 

@@ -43,6 +43,25 @@ def moe_route(logits, ids, weights, counts, EXPERTS: tl.constexpr, BE: tl.conste
 
 
 @triton.jit
+def local_experts(ids, weights, here, share, counts, SLOTS: tl.constexpr, BS: tl.constexpr, FIRST: tl.constexpr,
+                  HELD: tl.constexpr, SHARED: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr,
+                  PDL: tl.constexpr):
+    """The routing of one group of ranks, see the op's row: a pair of another group gets weight 0. Grid (T)."""
+    t = tl.program_id(0)
+    begin(PDL)
+    if t < tl.load(counts):
+        slot = tl.arange(0, BS)
+        inside = slot < SLOTS
+        e = tl.load(ids + t * SLOTS + slot, mask=inside, other=0)
+        routed = (e >= FIRST) & (e < FIRST + HELD)
+        common = (e == SHARED) & (t % GROUPS == GROUP)
+        last = HELD if SHARED >= 0 else HELD - 1
+        weight = tl.load(weights + t * SLOTS + slot, mask=inside, other=0.0)
+        tl.store(here + t * SLOTS + slot, tl.where(routed, e - FIRST, last), mask=inside)
+        tl.store(share + t * SLOTS + slot, tl.where(routed | common, weight, 0.0), mask=inside)
+
+
+@triton.jit
 def moe_up(x, ids, w, s, h, counts, SLOTS: tl.constexpr, H: tl.constexpr, F: tl.constexpr, BF: tl.constexpr,
            BK: tl.constexpr, SX: tl.constexpr, SCALED: tl.constexpr, PDL: tl.constexpr):
     """h[pair] = silu(gate x) * up x. Grid (F/BF, SLOTS, T); w [E, 2F, H], gate above up."""

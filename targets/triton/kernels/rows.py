@@ -14,16 +14,23 @@ def token_id(ids, last, t):
 
 
 @triton.jit
-def embedding(ids, last, w, y, counts, VOCAB: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, PDL: tl.constexpr):
-    """y[t] = w[token t]. Grid (T). An id outside the table reads row 0."""
+def embedding(ids, last, w, y, counts, VOCAB: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+              FIRST: tl.constexpr, PDL: tl.constexpr):
+    """y[t] = w[token t]. Grid (T). An id outside the table reads row 0; with FIRST >= 0 the table is a part that starts
+    with that id, and an id outside of it gives zeros."""
     t = tl.program_id(0)
     alive = t < tl.load(counts)
     begin(PDL)
     if alive:
         row = token_id(ids, last, t)
-        row = tl.where((row >= 0) & (row < VOCAB), row, 0).to(tl.int64)
+        if FIRST >= 0:
+            row -= FIRST
+        there = (row >= 0) & (row < VOCAB)
+        row = tl.where(there, row, 0).to(tl.int64)
         d = tl.arange(0, BD)
         value = tl.load(w + row * D + d, mask=d < D)
+        if FIRST >= 0:
+            value = tl.where(there, value, 0.0)
         tl.store(y + t * D + d, value.to(tl.bfloat16), mask=d < D)
 
 

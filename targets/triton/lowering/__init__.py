@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from qcn_compile.targets.base import Call
-from qcn_compile.targets.triton.lowering import gemm, linear, mixer, moe, rows, sample, single
+from qcn_compile.targets.triton.lowering import gemm, linear, mixer, moe, ranks, rows, sample, single
 from qcn_compile.targets.triton.lowering.site import Site
 
 
@@ -22,10 +22,11 @@ LOWERINGS: dict[str, Callable[[Site], list[Call]]] = {
     "linear": _linear, "linear_add": _linear, "narrow_linear": gemm.narrow_linear,
     "norm_linear": single.norm_linear, "norm_linear_pair": single.norm_linear_pair,
     "rope_attention": single.rope_attention,
-    "moe_route": moe.route, "moe_experts": moe.experts, "moe_add": moe.experts,
+    "moe_route": moe.route, "local_experts": moe.local, "moe_experts": moe.experts, "moe_add": moe.experts,
     "narrow_experts": moe.experts, "narrow_delta_net": mixer.delta_net,
     "rope_table": mixer.rope_table, "rope_append": mixer.rope_append, "paged_attention": mixer.paged_attention,
     "delta_net": mixer.delta_net, "sample": sample.sample,
+    "all_reduce": ranks.all_reduce, "all_gather": ranks.all_gather,
 }
 CURES = {
     **dict.fromkeys(("causal_conv1d", "gated_delta_rule", "delta_gate"), "keep the pass fuse-deltanet in the pipeline"),

@@ -17,6 +17,15 @@ def route(site: Site) -> list[Call]:
                  NORMALIZE=bool(site.op.attrs["normalize"]), SHARED=shared, WARPS=1)]
 
 
+def local(site: Site) -> list[Call]:
+    """The routing of one group of ranks."""
+    ids = site.operand(0).type
+    slots, shared = int(ids.shape[1]), site.integer("shared")  # type: ignore[arg-type]
+    return [call("local_experts", [site.ref(0), site.ref(1), result(0), result(1), COUNTS], (site.capacity(ids.shape),),
+                 SLOTS=slots, BS=power(slots), FIRST=site.integer("first"), HELD=site.integer("count"), SHARED=shared,
+                 GROUP=site.integer("group"), GROUPS=site.integer("groups"), WARPS=1)]
+
+
 def experts(site: Site) -> list[Call]:
     """moe_experts(x, ids, weights, gate_up, down) and moe_add with r after them; narrow_experts with x as two."""
     if site.op.attrs["activation"] != "silu":

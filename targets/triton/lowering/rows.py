@@ -105,5 +105,6 @@ def embedding(site: Site) -> list[Call]:
     if encoding.format != "bf16":
         raise site.fail(f"an embedding table in {encoding.format}", "encode it as bf16")
     vocab, width = (int(d) for d in table.shape)  # type: ignore[arg-type]
+    first = site.integer("first") if "first" in site.op.attrs else -1
     return [call("embedding", [Ref("operand", index=0), Ref("input", name="last"), *weight, result(), COUNTS],
-                 (site.capacity(ids.shape),), VOCAB=vocab, D=width, BD=power(width))]
+                 (site.capacity(ids.shape),), VOCAB=vocab, D=width, BD=power(width), FIRST=first)]

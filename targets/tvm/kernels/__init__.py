@@ -15,7 +15,7 @@ FAMILIES: dict[str, Callable[..., Any]] = {
         rows.unary, rows.binary, rows.concat, rows.gather_rows, rows.embedding,
         norm.rms_norm, norm.add_rms_norm, norm.gated_rms_norm,
         linear.linear, linear.quantize,
-        moe.moe_route, moe.moe_sort, moe.moe_up, moe.moe_down, moe.moe_combine,
+        moe.moe_route, moe.local_experts, moe.moe_sort, moe.moe_up, moe.moe_down, moe.moe_combine,
         attention.rope_table, attention.rope_append, attention.paged_attention, attention.attention_parts,
         attention.attention_merge,
         deltanet.delta_conv, deltanet.delta_rule,

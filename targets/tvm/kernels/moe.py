@@ -106,6 +106,20 @@ def _argmax(p: Array, row: Expr, padded: int, m: Machine) -> Expr:
     return let("best_id", where[0])
 
 
+def local_experts(symbol: str, m: Machine, *, rows: str, slots: int, first: int, held: int, shared: int, group: int,
+                  groups: int) -> Function:
+    """The routing of one group of ranks: see the op's row. A pair of another group gets weight 0."""
+    f = Function(symbol, ids="int32", weights="float32", here="int32", share="float32", counts="int32")
+    last = held - 1 + int(shared >= 0)
+    with f as a, loop("p", count(a, rows, slots)) as p:
+        e = let("e", a.ids[p])
+        routed = let("routed", T.And(e >= first, e < first + held))
+        common = T.And(e == shared, T.floormod(T.floordiv(p, slots), groups) == group)
+        a.here[p] = T.Select(routed, e - first, T.int32(last))
+        a.share[p] = T.Select(T.Or(routed, common), a.weights[p], T.float32(0.0))
+    return f
+
+
 def moe_sort(symbol: str, m: Machine, *, rows: str, experts: int, slots: int) -> Function:
     """Counting sort of pairs by expert, stable. An id out of range counts as the nearest expert."""
     f = Function(symbol, ids="int32", plan="int32", counts="int32")

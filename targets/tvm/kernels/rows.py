@@ -88,15 +88,20 @@ def gather_rows(symbol: str, m: Machine, *, rows: str, width: int, stride: int) 
     return f
 
 
-def embedding(symbol: str, m: Machine, *, rows: str, width: int, vocab: int, format: str, threads: bool) -> Function:
-    """y[t] = table[ids[t]], table [vocab, width] in f32 or bf16. An id outside the table reads its nearest row."""
+def embedding(symbol: str, m: Machine, *, rows: str, width: int, vocab: int, format: str, threads: bool,
+              first: int = -1) -> Function:
+    """y[t] = table[ids[t]], table [vocab, width] in f32 or bf16. An id outside the table reads its nearest row; with
+    `first` >= 0 the table is a part that starts with that id, and an id outside of it gives zeros."""
     f = Function(symbol, ids="int32", table="float32" if format == "f32" else "uint16", y="float32", counts="int32")
     with f as a, each("t", count(a, rows), threads) as t:
-        row = let("id", T.max(T.min(a.ids[t], vocab - 1), 0))
+        wanted = let("wanted", a.ids[t] - max(first, 0))
+        row = let("id", T.max(T.min(wanted, vocab - 1), 0))
+        there = let("there", T.Select(wanted == row, T.float32(1.0), T.float32(0.0)))
 
         def body(i: Expr, n: int) -> None:
             x = a.table[wide(row) * width + i, n]
-            a.y[t * width + i, n] = x if format == "f32" else math.widen(x)
+            value = x if format == "f32" else math.widen(x)
+            a.y[t * width + i, n] = value if first < 0 else value * splat(there, n)
 
         sweep(width, m.lanes, body)
     return f

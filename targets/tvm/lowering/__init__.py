@@ -15,7 +15,7 @@ LOWERINGS: dict[str, Callable[[Site], list[Call]]] = {
     "rms_norm": rows.rms_norm, "add_rms_norm": rows.add_rms_norm, "gated_rms_norm": rows.gated_rms_norm,
     "concat": rows.concat, "gather_rows": rows.gather_rows, "embedding": rows.embedding,
     "linear": linear.linear, "linear_add": linear.linear, "moe_route": linear.moe_route,
-    "moe_experts": linear.moe, "moe_add": linear.moe,
+    "local_experts": linear.local_experts, "moe_experts": linear.moe, "moe_add": linear.moe,
     "rope_table": mixer.rope_table, "rope_append": mixer.rope_append, "paged_attention": mixer.paged_attention,
     "delta_net": mixer.delta_net,
 }

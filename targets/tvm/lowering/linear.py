@@ -56,6 +56,16 @@ def moe_route(site: Site) -> list[Call]:
                  shared=shared, threads=not site.decode)]
 
 
+def local_experts(site: Site) -> list[Call]:
+    type_ = site.operand(0).type
+    rows = site.rows(type_.shape)
+    rows.pop("times")
+    attrs = {name: site.integer(name) for name in ("first", "shared", "group", "groups")}
+    args = [Ref("operand", index=0), Ref("operand", index=1), result(0), result(1), COUNTS]
+    return [call("local_experts", args, **rows, slots=int(type_.shape[1]), held=site.integer("count"),  # type: ignore
+                 **attrs)]
+
+
 def moe(site: Site) -> list[Call]:
     """moe_experts and moe_add: sort, (quantise,) gate/up, (quantise,) down, combine."""
     if site.attr("activation") != "silu":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from qcn_compile.ir.types import DType, TensorType
-from qcn_compile.targets.base import Call, Ref
+from qcn_compile.targets.base import Call, Param, Ref
 from qcn_compile.targets.tvm.lowering.site import COUNTS, Site, call, inner, result
 
 
@@ -90,8 +90,9 @@ def embedding(site: Site) -> list[Call]:
     rows = site.rows(ids.shape)
     rows.pop("times")
     vocab, width = (int(d) for d in table.shape)  # type: ignore[arg-type]
+    part: dict[str, Param] = {"first": site.integer("first")} if "first" in site.op.attrs else {}
     return [call("embedding", [Ref("operand", index=0), site.blob(1, "rows"), result(), COUNTS], **rows, width=width,
-                 vocab=vocab, format=form, threads=not site.decode)]
+                 vocab=vocab, format=form, threads=not site.decode, **part)]
 
 
 def _indices(site: Site, index: int) -> TensorType:

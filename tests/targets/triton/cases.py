@@ -93,6 +93,20 @@ def routes() -> list[Trialled]:
     return found
 
 
+def parts() -> list[Trialled]:
+    """What one rank of several looks up and routes."""
+    table = Case("part of an embedding")
+    table.op("embedding", [table.input("ids", "i32[T]", ints=(0, 30)), table.weight("table", (10, 24), BF16)], first=20)
+    found = [(table, MANY)]
+    for shared, group in ((-1, 0), (12, 0), (12, 1)):
+        case = Case(f"local experts {shared} {group}")
+        ids = case.input("ids", "i32[T,3]", ints=(0, 13))
+        case.op("local_experts", [ids, case.input("weights", "f32[T,3]")], first=6 * group, count=6, shared=shared,
+                group=group, groups=2)
+        found.append((case, MANY))
+    return found
+
+
 def experts(name: str, bucket: Bucket, encoding: Encoding, count: int, hidden: int, inner: int, top: int,
             skewed: bool = False) -> Trialled:
     """With `skewed`, all tokens go to the same few experts and none to the others."""
@@ -200,4 +214,4 @@ def _attention(case: Case, dtype: DType, hq: int, hkv: int, dim: int, half: int,
 
 def every() -> list[Trialled]:
     """All cases."""
-    return [*pointwise(), *linears(), *fused(), *routes(), *moes(), *deltas(), *attentions(), *narrows()]
+    return [*pointwise(), *linears(), *fused(), *routes(), *parts(), *moes(), *deltas(), *attentions(), *narrows()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from enum import IntEnum
 from types import SimpleNamespace
 from typing import Any
@@ -26,11 +27,15 @@ class FakeDriver:
                                          CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN="shared",
                                          CU_DEVICE_ATTRIBUTE_MAX_PITCH="pitch")
     CUmemorytype = SimpleNamespace(CU_MEMORYTYPE_HOST="Host", CU_MEMORYTYPE_DEVICE="Device")
-    CUDA_MEMCPY2D = SimpleNamespace
+    CUDA_MEMCPY2D = CUmemAllocationProp = CUmemLocation = CUmemAccessDesc = SimpleNamespace
+    CUmemAllocationHandleType = SimpleNamespace(CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR=1)
+    CUmemAllocationType = SimpleNamespace(CU_MEM_ALLOCATION_TYPE_PINNED=1)
+    CUmemLocationType = SimpleNamespace(CU_MEM_LOCATION_TYPE_DEVICE=1)
+    CUmemAccess_flags = SimpleNamespace(CU_MEM_ACCESS_FLAGS_PROT_READWRITE=3)
 
     def __init__(self, arch: int = 90, memory: int = 8 << 30, shared: int = 232448) -> None:
         self.attributes = {"major": arch // 10, "minor": arch % 10, "shared": shared, "pitch": 2**31 - 1}
-        self.free = memory
+        self.free, self.count = memory, 2
         self.memory: dict[int, Any] = {}
         self.launches: list[tuple[Any, list[int]]] = []
         self.calls: list[str] = []
@@ -91,6 +96,24 @@ class FakeDriver:
         for row in range(copy.Height):
             ctypes.memmove(to + row * copy.dstPitch, source + row * copy.srcPitch, copy.WidthInBytes)
         return (Result.CUDA_SUCCESS,)
+
+    _cuMemcpyDtoH = _copy
+
+    def _cuMemsetD8(self, at: int, value: int, nbytes: int) -> tuple[Any, ...]:
+        ctypes.memset(at, value, nbytes)
+        return (Result.CUDA_SUCCESS,)
+
+    def _cuDeviceGetCount(self) -> tuple[Any, ...]:
+        return Result.CUDA_SUCCESS, self.count
+
+    def _cuMemExportToShareableHandle(self, made: Any, kind: Any, flags: int) -> tuple[Any, ...]:
+        return Result.CUDA_SUCCESS, os.open(os.devnull, os.O_RDONLY)
+
+    def _cuMemAddressReserve(self, nbytes: int, *how: int) -> tuple[Any, ...]:
+        return Result.CUDA_SUCCESS, self._take(nbytes)
+
+    def _cuStreamCreate(self, flags: int) -> tuple[Any, ...]:
+        return Result.CUDA_SUCCESS, 77
 
     def _cuModuleLoadData(self, image: int) -> tuple[Any, ...]:
         return Result.CUDA_SUCCESS, image

@@ -13,7 +13,8 @@ from qcn_compile.artifact import Arg, Launch, Plan, read_manifest, seal, write_j
 from qcn_compile.inspect import views
 from qcn_compile.inspect.build import Build
 from qcn_compile.runtime.batch import Span
-from qcn_compile.runtime.cuda.executable import CudaExecutable, open_cuda
+from qcn_compile.runtime.cuda.executable import CudaExecutable
+from qcn_compile.runtime.cuda.opening import open_cuda
 
 HIDDEN, PAGE = 8, np.array([3], np.int32)
 

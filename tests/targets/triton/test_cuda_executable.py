@@ -14,8 +14,9 @@ from qcn_compile.inspect import show, views
 from qcn_compile.inspect.build import Build
 from qcn_compile.runtime.batch import Span
 from qcn_compile.runtime.choice import Pick
-from qcn_compile.runtime.cuda import executable as module
-from qcn_compile.runtime.cuda.executable import CudaExecutable, open_cuda
+from qcn_compile.runtime.cuda import opening as module
+from qcn_compile.runtime.cuda.executable import CudaExecutable
+from qcn_compile.runtime.cuda.opening import open_cuda
 from qcn_compile.runtime.cuda.sampling import slot_arrays
 from qcn_compile.runtime.profile import Profile
 from qcn_compile.runtime.request import Request, SamplingParams

@@ -1,0 +1,194 @@
+"""Sums over peer memory: the kernel in the interpreter, and the runtime's choice between it and NCCL."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fake_ranks
+import numpy as np
+import pytest
+
+from qcn_compile.artifact import (
+    ALIGNMENT,
+    SCHEMA,
+    Arg,
+    CacheSpec,
+    Collective,
+    Launch,
+    Manifest,
+    Plan,
+    RankPart,
+    check_ranks,
+    read_manifest,
+    read_plan,
+    seal,
+    write_json,
+)
+from qcn_compile.compile import compile as compile_model
+from qcn_compile.errors import DeviceError
+from qcn_compile.frontend.checkpoint import locate
+from qcn_compile.runtime.batch import Span
+from qcn_compile.runtime.choice import Pick
+from qcn_compile.runtime.late_checkpoint import Checkpoint
+from qcn_compile.runtime.late_weights import pieces
+from qcn_compile.runtime.ranks import cuda
+from qcn_compile.runtime.ranks.team import CALL
+from qcn_compile.runtime.request import Request, SamplingParams
+from qcn_compile.targets.base import Kernel
+from qcn_compile.targets.triton.families import FAMILIES
+from qcn_compile.targets.triton.target import GpuTarget
+
+
+def test_ranks_get_the_sum_in_order(tmp_path: Path) -> None:
+    script = Path(__file__).with_name("exchange_scenario.py")
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False,
+                          env={**os.environ, "TRITON_INTERPRET": "1"})
+    assert done.stdout == "equal\n", done.stderr[-2000:]
+
+
+WIDTH = 5
+SPAN = Span([7], 3, 1, np.array([5], np.int32), 1)
+
+
+def build(folder: Path) -> Path:
+    """A plan of two ranks: a sum with a kernel, one without, and a gather."""
+    (folder / "kernels").mkdir(parents=True)
+    row = {"file": "k.cubin", "entry": "k", "shared": 0, "threads": 32, "pdl": True, "pointers": 4, "loose": []}
+    write_json(folder / "kernels" / "kernels.json", {"sum": row})
+    (folder / "kernels" / "k.cubin").write_bytes(b"cubin")
+    args = (Arg("workspace", offset=0), Arg("workspace", offset=256), Arg("input", "peers"), Arg("input", "counts"))
+    small, large = (Collective("all_reduce", "bf16", "T", width) for width in (8, 8000))
+    gather = Collective("all_gather", "bf16", "R", 3)
+    launches = (Launch("sum", args, "all_reduce %a", "here", grid=(2,), collective=small),
+                Launch("all_reduce", args, "all_reduce %b", "here", collective=large),
+                Launch("all_gather", args, "all_gather %c", "here", collective=gather),
+                *(Launch("sum", args, f"after {who}", "here", grid=(1,)) for who in ("NCCL", "ours")))
+    plan = Plan("main", "decode-2", 2, 2, 2, 4096, launches,
+                {"logits": {"offset": 512, "dtype": "bf16", "width": WIDTH}})
+    for rank in range(2):
+        write_json(folder / f"plan/rank-{rank}/main.json", plan.to_json())
+    caches = (CacheSpec("delta", "delta", "f32", (2, 4), 32), CacheSpec("kv", "kv", "bf16", (1, 4, 8), 2 * 2 * 32))
+    parts = tuple(RankPart(caches, (f"plan/rank-{rank}/main.json",), {"mode": "dummy", "files": [], "blobs": {}})
+                  for rank in range(2))
+    target = {"name": "h100", "kind": "gpu", "arch": 90}
+    seal(folder, Manifest(SCHEMA, {}, target, {}, caches, 4, 32, WIDTH, 8, parts[0].plans, ("kernels/kernels.json",),
+                          parts[0].weights, {}, layout={"tp": 2}, ranks=parts))
+    return folder
+
+
+@pytest.fixture
+def opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Rank 0 here and rank 1 as a process, both without a GPU: what they would do, in which order."""
+    fakes = fake_ranks.install(monkeypatch.setattr)
+    monkeypatch.setattr(cuda, "__name__", "fake_ranks")
+    left: list[Any] = []
+    monkeypatch.setattr("atexit.register", left.append)
+    monkeypatch.setenv("PYTHONPATH", f"{Path(__file__).parent}:{os.environ.get('PYTHONPATH', '')}")
+    monkeypatch.setenv("FAKE_RANKS", str(tmp_path / "rank-1.json"))
+    folder = build(tmp_path / "build")
+    device, executable, _ = cuda.open_ranks_cuda(folder, read_manifest(folder), 16, 2, None)
+    yield executable, *fakes, tmp_path / "rank-1.json"
+    try:
+        device.watch(0.0)
+        lost = False
+    except DeviceError:
+        lost = True
+    executable.team.close()
+    device.close()
+    assert bool(left) is lost  # then nothing of the process may wait for the GPU
+
+
+def test_every_rank_captures_and_runs_the_same(opened: Any) -> None:
+    executable, driver, library, log = opened
+    configs = [config for config, _ in driver.launches]  # the small sum is a kernel; NCCL does the others, on as many
+    assert [(c.gridDimX, c.numAttrs) for c in configs] == [(2, 1), (1, 0), (1, 1)]  # rows as the plan holds
+    assert library.calls[-2:] == [("ncclAllReduce", 16000), ("ncclAllGather", 6)]
+    executable.run([SPAN])
+    request = Request("r", [1, 2], SamplingParams(presence_penalty=0.5), 9, 0)
+    request.slot = 1
+    executable.launch([SPAN], [Pick(request, 0, 7, None, fresh=True)]).tokens()
+    executable.rows.copy_state(0, 1)
+    assert executable.rows.read_state(1).nbytes == 2 * 32 == executable.rows.state_bytes  # both ranks' parts
+    calls = [list(call) for call in library.calls[1:]]
+    assert json.loads(log.read_text()) == {"plan": "main-decode-2", "same": True, "calls": calls, "replays": 2}
+
+
+def test_a_rank_that_ends_is_an_error_not_a_wait(opened: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    executable, driver, _, _ = opened
+    driver._cuEventQuery = lambda event: (600,)  # its step never ends
+    os.kill(executable.team.processes[0], signal.SIGKILL)
+    with pytest.raises(DeviceError, match=r"rank 1 \(process \d+\) was killed by SIGKILL"):
+        executable.run([SPAN])
+    driver._cuEventQuery = lambda event: (0,)
+
+
+def test_a_rank_that_does_not_come_is_given_up(opened: Any) -> None:
+    executable, driver, _, _ = opened
+    driver._cuEventQuery = lambda event: (600,)
+    executable._device.watch = cuda._watch(0.2, executable.team)
+    with pytest.raises(DeviceError, match=r"did not end within 0.2 s: a rank does not come"):
+        executable.run([SPAN])
+    driver._cuEventQuery = lambda event: (0,)
+
+
+def test_rank_0_may_come_last(opened: Any) -> None:
+    team = opened[0].team
+    team._loaded.clear()
+
+    def work() -> int:
+        team.tell("sizes")
+        team._send(CALL + pickle.dumps(("sizes", ())))  # what the other rank says while this one still loads
+        time.sleep(1)
+        return 3
+
+    assert team.during(work) == 3
+    team.ready()  # at once: it has been said
+
+
+def test_too_few_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    driver, _ = fake_ranks.install(monkeypatch.setattr)
+    driver.count = 1
+    folder = build(tmp_path / "build")
+    with pytest.raises(DeviceError, match="is for 2 GPUs, this machine shows 1"):
+        cuda.open_ranks_cuda(folder, read_manifest(folder), 16, 2, None)
+
+
+@pytest.mark.parametrize("ep", [pytest.param(1, marks=pytest.mark.slow), 2])
+def test_every_rank_of_a_build_meets_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ep: int) -> None:
+    """All plans of two ranks of the bundled model, and the weights that each binds late, which are half of all."""
+    kernels: list[Kernel] = []
+
+    def emit(self: GpuTarget, given: list[Kernel], folder: Path, progress: object = None) -> list[str]:
+        kernels.extend(given)
+        folder.mkdir()
+        (folder / "kernels.json").write_text("{}")
+        return ["kernels.json"]
+
+    monkeypatch.setattr(GpuTarget, "emit", emit)
+    model = locate(None, "cpu").path
+    assert model is not None
+    manifest = compile_model(model, "h100", tmp_path / "build", quant="fp8", weights="late", tp=2, ep=ep).manifest
+    assert all(kernel.family in FAMILIES and kernel.params for kernel in kernels)  # NCCL's own have no parameters
+    check_ranks(tmp_path / "build", manifest.ranks)
+    plan = read_plan(tmp_path / "build", manifest.of_rank(1).plans[0])
+    layers = int(manifest.model["config"]["num_hidden_layers"])
+    assert sum(launch.collective is not None for launch in plan.launches) == 2 * layers + 2
+    checkpoint, sizes = Checkpoint(model), []
+    for part in manifest.ranks:
+        recipes = part.weights["recipes"]
+        for row in recipes.values():
+            made = dict.fromkeys(row["parts"], 0)
+            for name, _, data in pieces(row, checkpoint):
+                made[name] += data.nbytes
+            assert all(0 <= size - made[name] < ALIGNMENT for name, size in row["parts"].items())
+        sizes.append(sum(sum(row["parts"].values()) for row in recipes.values()))
+    assert sizes[0] == sizes[1] < 0.62 * int(manifest.decisions["weight_bytes"])
