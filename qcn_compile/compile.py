@@ -51,9 +51,10 @@ class Options:
 
     dtype: fp32 or bf16, how unquantised weights are stored. quant: none, int8, int4 or fp8, the format of the big ones,
     or one for each class. activations: fp32 or int8, what quantised weights are multiplied with. context_length: tokens
-    a sequence may have. calibrate: a text that int4 weights are chosen by. weights: copied, late or dummy. mcpu: CPU
-    level as LLVM names it. mtp: the draft head too. gpus, tp, ep, pp, max_running_requests, memory (GB of a chip),
-    error_budget: as of qcn-compile. force: replace an output folder that is no build. disabled: names of passes to
+    a sequence may have. calibrate: a text that int4 weights are chosen by. weights: copied, late or dummy. kv: how keys
+    and values are kept, fp32, bf16 or fp8; states: DeltaNet's, fp32 or bf16. mcpu: CPU level as LLVM names it. mtp: the
+    draft head too. gpus, tp, ep, pp, max_running_requests, memory (GB of a chip), error_budget: as of qcn-compile.
+    force: replace an output folder that is no build. disabled: names of passes to
     leave out. tracing: what to show. pipeline: in place of the standard one, formats included. plugins: Python files.
     """
 

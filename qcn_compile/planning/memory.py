@@ -15,7 +15,7 @@ RING = 16  # inputs of a convolution that GPU kernels keep for each sequence
 GRAPHS = 1 << 30  # graphs and modules: what the runtime sets aside on a GPU
 DRIVER = 0.73e9  # measured on an H100: 85.02 GB in all, 84.29 GB for a process without torch
 BUFFERS = 0.4e9  # assumed: what a communicator keeps on each rank
-WIDEST = {"gpu": 2048, "cpu": 512}  # tokens of the largest prefill plan
+WIDEST = {"gpu": 8192, "cpu": 512}  # tokens of the largest prefill plan
 ROWS = 512  # of logits in one step
 
 
@@ -63,8 +63,10 @@ def needs(shape: ModelShape, scheme: Scheme, layout: Layout, chip: Hardware, mem
     conv = channels * (RING if gpu else shape.taps - 1) * machine.conv
     slot = delta * (heads * shape.key_dim * shape.value_dim * 4 + conv)
     kv = attention * 2 * keys * shape.head_dim * machine.kv
-    # logits, and about four hidden states of the largest prefill
-    workspace = (ROWS * share(shape.vocab, layout.tp) + 4 * WIDEST[chip.kind] * shape.hidden) * machine.activation
+    # logits, and of the largest prefill about four hidden states; on a GPU also what its experts take in and give
+    pairs = (shape.top_k + 1) * (shape.hidden + share(shape.expert_width, layout.expert_tp)) if gpu else 0
+    workspace = (ROWS * share(shape.vocab, layout.tp)
+                 + WIDEST[chip.kind] * (4 * shape.hidden + pairs)) * machine.activation
     reserved = (chip.reserved.value * 1e9 if chip.reserved else DRIVER) if gpu else 0
     return Needs(weights, kv, slot, workspace, GRAPHS if gpu else 0,
                  int(reserved + (BUFFERS if layout.ranks > 1 and gpu else 0)), int(memory))

@@ -34,4 +34,4 @@ def traced() -> Traced:
 @pytest.fixture(autouse=True)
 def one_trace(traced: Traced, monkeypatch: pytest.MonkeyPatch) -> None:
     """Builds of a test share the trace: passes work on a copy."""
-    monkeypatch.setattr(sys.modules["qcn_compile.compile"], "trace_model", lambda source, dtype: traced)
+    monkeypatch.setattr(sys.modules["qcn_compile.compile"], "trace_model", lambda source, dtype, *rest: traced)

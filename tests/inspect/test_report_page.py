@@ -115,8 +115,8 @@ def test_plans_can_be_chosen(page: Any) -> None:
     first = page.locator("#kernels").inner_text()
     page.locator("#kplan").select_option("main-prefill-512")
     assert page.locator("#kernels").inner_text() != first
-    cells = page.locator("#kernels tr", has_text="moe_up").first.locator("td").all_inner_texts()
-    assert float(cells[4]) > 0 and float(cells[5]) > 0  # predicted, measured
+    cells = page.locator("#kernels tr", has_text="linear").first.locator("td").all_inner_texts()
+    assert float(cells[5]) > 0, cells  # measured
     before = page.locator("#memnote").inner_text()
     page.locator("#mplan").select_option("main-prefill-512")
     assert page.locator("#memnote").inner_text() != before

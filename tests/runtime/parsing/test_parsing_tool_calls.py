@@ -245,7 +245,7 @@ def test_a_megabyte_takes_seconds(name, unit):
     begin = time.perf_counter()
     got = collect(stream(OutputParser(tools=make_tool_parser(name, TOOLS)), text, 4))
     assert json.loads(got.tool_calls[0].arguments) == {"text": value}
-    assert time.perf_counter() - begin < 20
+    assert time.perf_counter() - begin < 120  # work that grows with the square takes hours
 
 
 @pytest.mark.parametrize("text", [
@@ -257,4 +257,4 @@ def test_a_megabyte_takes_seconds(name, unit):
 def test_nothing_is_quadratic(name, text):
     begin = time.perf_counter()
     stream(OutputParser(tools=make_tool_parser(name, TOOLS)), text, 4)
-    assert time.perf_counter() - begin < 20
+    assert time.perf_counter() - begin < 120  # work that grows with the square takes hours

@@ -101,7 +101,7 @@ def test_cubins_without_a_gpu(card: str, tmp_path: Path) -> None:
 def test_failures_name_the_plugin_and_the_op(tmp_path: Path) -> None:
     case = scaled(tmp_path, PLUGIN.replace("tl.load(w + i", "nothing(w + i"), "broken.py")
     with pytest.raises(LoweringError, match=r"kernel custom_scaled_\w+ of plugin .*broken.py: Triton cannot compile it "
-                                            r"for sm_90: [\s\S]*nothing"):
+                                            r"for h100-80: [\s\S]*nothing"):
         emit([c.kernel for _, c in case.lower(TARGET)], tmp_path / "kernels", TARGET.hardware, workers=1)
 
 

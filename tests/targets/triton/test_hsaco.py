@@ -26,7 +26,7 @@ def test_a_norm_and_a_product(arch: str, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     kernels = {k.family: k for k in full_size(DECODE_1)}
     check(compile_amd(kernels["rms_norm"], arch), arch)
-    check(compile_amd(kernels["gemv"], arch), arch)
+    check(compile_amd(kernels["product"], arch), arch)
 
 
 @pytest.mark.slow
