@@ -68,7 +68,7 @@ class Family:
 
 
 _LOGITS = "logits:{X} choice:i32 history:i32 bias:f32 allowed:i32"
-_ROUTED = "order:i32 owner:i32 found:i32 w:{W} s?SCALED:f32"
+_TILED = "order:i32 owner:i32 found:i32 first:i32 w:{W} s?SCALED:f32"
 FAMILIES = {
     "embedding": Family("rows", "ids:i32 last:i32 w:bf16 y:bf16 counts:i32"),
     "gather_rows": Family("rows", "x:bf16 rows:i32 y:bf16 counts:i32"),
@@ -83,18 +83,26 @@ FAMILIES = {
     "moe_route": Family("moe", "logits~:bf16 ids:i32 weights:f32 counts:i32"),
     "moe_up": Family("moe", "x:bf16 ids:i32 w:{W} s?SCALED:f32 h:bf16 counts:i32"),
     "moe_down": Family("moe", "h:bf16 ids:i32 weights:f32 w:{W} s?SCALED:f32 r?ADD:bf16 y:bf16 counts:i32"),
-    "moe_count": Family("moe", "ids:i32 found:i32 counts:i32"),
-    "moe_place": Family("moe", "ids:i32 found:i32 order:i32 owner:i32 counts:i32"),
-    "moe_up_tiles": Family("moe", f"x:bf16 {_ROUTED} h:bf16 counts:i32"),
-    "moe_down_tiles": Family("moe", f"h:bf16 {_ROUTED} o:bf16 counts:i32"),
-    "moe_combine": Family("moe", "o:bf16 weights:f32 r?ADD:bf16 y:bf16 counts:i32"),
+    "quantize_rows": Family("gemm", "x:bf16 q:fp8 qs:f32 counts:i32"),
+    "gemm": Family("gemm", "x:{X} xs?NARROW:f32 w:{W} s?SCALED:f32 r?ADDEND:{R} y:bf16 counts:i32"),
+    "moe_clear": Family("moe_tiles", "found:i32 counts:i32"),
+    "moe_rank": Family("moe_tiles", "ids:i32 found:i32 rank:i32 counts:i32"),
+    "moe_tile": Family("moe_tiles", "found:i32 first:i32 owner:i32 counts:i32"),
+    "moe_order": Family("moe_tiles", "ids:i32 rank:i32 first:i32 order:i32 counts:i32"),
+    "moe_sort": Family("moe_tiles", "ids:i32 found:i32 rank:i32 first:i32 owner:i32 order:i32 counts:i32"),
+    "moe_up_tiles": Family("moe_tiles", f"x:{{X}} xs?NARROW:f32 {_TILED} h:{{X}} hs?NARROW:f32 counts:i32"),
+    "moe_down_tiles": Family("moe_tiles", f"h:{{X}} hs?NARROW:f32 {_TILED} o:bf16 counts:i32"),
+    "moe_combine": Family("moe_tiles", "o:bf16 weights:f32 r?ADD:bf16 y:bf16 counts:i32"),
     "delta_step": Family("delta", "x:bf16 z:bf16 b~:bf16 a~:bf16 conv_w:f32 decay:f32 dt_bias:f32 norm_w:f32 "
                                   f"ring:bf16 state:f32 y:bf16 {_SPANS}"),
     "delta_one": Family("delta", "x:bf16 z:bf16 b~:bf16 a~:bf16 conv_w:f32 decay:f32 dt_bias:f32 norm_w:f32 "
                                  "ring:bf16 state:f32 y:bf16 context_lens:i32 slots:i32 counts:i32"),
-    "delta_conv": Family("delta", f"x:bf16 conv_w:f32 ring:bf16 mixed:bf16 token_seq:i32 {_SPANS}"),
-    "delta_keep": Family("delta", f"x:bf16 ring:bf16 {_SPANS}"),
-    "delta_rule": Family("delta", f"mixed:bf16 b~:bf16 a~:bf16 decay:f32 dt_bias:f32 state:f32 o:bf16 {_SPANS}"),
+    "delta_mix": Family("delta_chunk", f"x:bf16 conv_w:f32 ring:bf16 mixed:bf16 norms:f32 token_seq:i32 {_SPANS}"),
+    "delta_solve": Family("delta_chunk", "x:bf16 conv_w:f32 ring:bf16 mixed:bf16 norms:f32 b~:bf16 a~:bf16 decay:f32 "
+                                         f"dt_bias:f32 w:bf16 u:bf16 p:bf16 fade:f32 token_seq:i32 {_SPANS}"),
+    "delta_scan": Family("delta_chunk", "x:bf16 mixed:bf16 norms:f32 w:bf16 u:bf16 p:bf16 fade:f32 ring:bf16 state:f32 "
+                                        f"o:bf16 {_SPANS}"),
+    "delta_norm": Family("delta_chunk", "o:bf16 w:f32 z:bf16 y:bf16 counts:i32"),
     "rope_table": Family("attention", "positions:i32 inv_freq:f32 cos:f32 sin:f32 counts:i32"),
     "rope_append": Family("attention", "q:bf16 k:bf16 v:bf16 q_w?Q_NORM:f32 k_w?K_NORM:f32 cos:f32 sin:f32 y:bf16 "
                                        f"keys:bf16 values:bf16 {_BATCH}"),
@@ -104,7 +112,7 @@ FAMILIES = {
     "sample_shortlist": Family("sample", f"{_LOGITS} top:f32 value:f32 number:i32 found:i32 counts:i32"),
     "sample_pick": Family("sample", f"{_LOGITS} top:f32 arg:i32 mass:f32 value:f32 number:i32 found:i32 chosen:i32 "
                                     "last:i32 counts:i32"),
-    "attention_prefill": Family("attention", f"q:bf16 gate?GATE:bf16 y:bf16 keys:bf16 values:bf16 {_BATCH}"),
+    "attention_prefill": Family("attention_prefill", f"q:bf16 gate?GATE:bf16 y:bf16 keys:bf16 values:bf16 {_BATCH}"),
 }
 HIDDEN = ("W", "A", "B", "X", "Y", "R", "ADDEND")  # parameters that only say what a pointer is
 

@@ -34,6 +34,7 @@ class GpuTarget:
         self.hardware: Hardware = hardware(name)
         self.name = name
         self.page_size = page_size
+        self.narrow = "fp8" in self.hardware.dtypes and self.hardware.arch >= 90  # the kernels' e4m3 type
         assert RING >= DECODE_TOKENS + TAPS
 
     def describe(self) -> dict[str, object]:
@@ -47,7 +48,7 @@ class GpuTarget:
     def lower(self, op: Op, operands: Sequence[Operand | None], results: Sequence[TensorType],
               bucket: Bucket) -> list[Call]:
         """The kernel calls that compute `op`. Raises LoweringError naming the op, its location and the cure."""
-        return lowering.lower(Site(op, operands, results, bucket, self.page_size, RING))
+        return lowering.lower(Site(op, operands, results, bucket, self.page_size, RING, self.narrow))
 
     def pack(self, layout: str, encoding: Encoding, weight: Weight) -> dict[str, np.ndarray]:
         """A weight in the kernel's layout: part name -> 1-D array."""

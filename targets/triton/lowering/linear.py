@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from qcn_compile.ir.encoding import Encoding
 from qcn_compile.targets.base import Call, Param
+from qcn_compile.targets.triton.lowering.gemm import gemm
 from qcn_compile.targets.triton.lowering.site import COUNTS, Site, call, cdiv, power, result
 
 PROGRAMS = 108  # fewer large tiles than this leave multiprocessors idle (A100; Hopper has 132): take smaller ones
@@ -50,6 +51,8 @@ def linear(site: Site) -> list[Call]:
     if capacity == 1:
         shape = gemv_shape(n, k, encoding)
         return [call("gemv", args, (cdiv(n, int(shape["BN"])), 1), NORM=False, KEEP=False, EPS=0.0, **params, **shape)]
+    if not site.decode:
+        return gemm(site, encoding, weight, args[1 + len(weight):-1], params)
     shape = matmul_shape(capacity, n)
     return [call("matmul", args, (cdiv(n, int(shape["BN"])), cdiv(capacity, int(shape["BT"]))), **params, **shape)]
 

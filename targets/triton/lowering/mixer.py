@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from qcn_compile.targets.base import Call, Param, Ref
+from qcn_compile.targets.triton.lowering.delta_chunk import chunked
 from qcn_compile.targets.triton.lowering.site import (
     BATCH,
     COUNTS,
     SPANS,
-    TOKEN_SEQ,
     Site,
     call,
     cdiv,
@@ -20,6 +20,7 @@ from qcn_compile.targets.triton.lowering.site import (
 
 SPLITS, FEW = 32, 8  # stretches of the keys that decode attention looks at in parallel: of few tokens, of many
 KEYS = 64
+ROWS = 128  # tokens times heads of a KV head that a program of prefill attention works on
 
 
 def rope_table(site: Site) -> list[Call]:
@@ -74,10 +75,10 @@ def paged_attention(site: Site) -> list[Call]:
     pages = [state("state", "k"), state("state", "v")]
     group = power(heads // kv_heads)
     if site.bucket.sequences < site.bucket.tokens:  # prompts share their keys among many tokens
-        block = max(1, 64 // group)
+        block = max(1, ROWS // group)
         return [call("attention_prefill", [site.ref(0), *gate, result(), *pages, *BATCH],
-                     (cdiv(tokens, block), kv_heads), BT=block, BG=group, BS=KEYS if dim <= 128 else KEYS // 2,
-                     WARPS=8, STAGES=2, **shared, **gated, **caches)]
+                     (cdiv(tokens, block), kv_heads), BT=block, BG=group, BS=KEYS, PIPE=2, WARPS=8, **shared, **gated,
+                     **caches)]
     splits = SPLITS if site.decode else FEW
     part = scratch("part", tokens * heads * splits * dim, "f32")
     score = scratch("score", tokens * heads * splits, "f32")
@@ -110,22 +111,4 @@ def delta_net(site: Site) -> list[Call]:
                          EPS=site.real("eps"), WARPS=4)]
         return [call("delta_step", args, (hv, site.bucket.sequences), **sizes, **conv, **gates, SZ=site.stride(1),
                      EPS=site.real("eps"), WARPS=4)]
-    return _delta_prefill(site, sizes, conv, gates, weights)
-
-
-def _delta_prefill(site: Site, sizes: dict[str, Param], conv: dict[str, Param], gates: dict[str, Param],
-                   weights: Ref) -> list[Call]:
-    hv, dv = int(sizes["HV"]), int(sizes["DV"])
-    tokens, channels = site.capacity(site.operand(0).type.shape), inner(site.operand(0).type.shape)
-    block, bv = min(1024, power(channels)), min(dv, 16)
-    mixed, o = scratch("mixed", tokens * channels, "bf16"), scratch("o", tokens * hv * dv, "bf16")
-    columns: dict[str, Param] = {"C": channels, "BC": block}
-    return [
-        call("delta_conv", [site.ref(0), weights, state("conv"), mixed, TOKEN_SEQ, *SPANS],
-             (tokens, cdiv(channels, block)), **columns, **conv),
-        call("delta_keep", [site.ref(0), state("conv"), *SPANS], (site.bucket.sequences, cdiv(channels, block)),
-             **columns, **conv),
-        call("delta_rule", [mixed, site.ref(2), site.ref(3), site.ref(5), site.ref(6), state("delta"), o, *SPANS],
-             (hv, dv // bv, site.bucket.sequences), **sizes, **gates, BV=bv, WARPS=1),
-        call("rms_norm", [o, site.ref(7), site.ref(1), result(), COUNTS], (tokens * hv,), ROWS=0, TIMES=1, HEADS=hv,
-             D=dv, BD=dv, SX=hv * dv, SR=0, SZ=site.stride(1), EPS=site.real("eps"), ADD=False, GATE=True, WARPS=1)]
+    return chunked(site, sizes, conv, gates, weights)

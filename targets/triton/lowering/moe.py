@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from qcn_compile.targets.base import Call, Param, Ref
+from qcn_compile.targets.triton.lowering.moe_tiles import sorted_experts
 from qcn_compile.targets.triton.lowering.site import COUNTS, Site, call, cdiv, power, result, scratch
 
 
@@ -20,7 +21,9 @@ def experts(site: Site) -> list[Call]:
     if site.op.attrs["activation"] != "silu":
         raise site.fail(f"expert activation {site.op.attrs['activation']!r}", "only silu has a kernel")
     site.activation(0)
-    return _pairs(site) if site.decode else _sorted(site)
+    if site.decode:
+        return _pairs(site)
+    return sorted_experts(site, _sizes(site), _weights(site, 3), _weights(site, 4))
 
 
 def _sizes(site: Site) -> tuple[int, int, int, int, int]:
@@ -49,29 +52,3 @@ def _pairs(site: Site) -> list[Call]:
         call("moe_down", [h, ids, weights, *down, *([site.ref(5)] if add else []), result(), COUNTS],
              (cdiv(hidden, rows_down), tokens), SLOTS=slots, H=hidden, F=inner, BF=bf, BH=rows_down,
              SR=site.stride(5) if add else 0, ADD=add, WARPS=4, **down_kind)]
-
-
-def _sorted(site: Site) -> list[Call]:
-    tokens, slots, count, hidden, inner = _sizes(site)
-    pairs = tokens * slots
-    tile = 16 if pairs <= 16 * count else 32 if pairs <= 64 * count else 64
-    tiles = min(pairs, pairs // tile + count)
-    ids, weights = Ref("operand", index=1), Ref("operand", index=2)
-    found, owner = scratch("found", count, "i32"), scratch("owner", tiles, "i32")
-    order = scratch("order", tiles * tile, "i32")
-    h, o = scratch("h", pairs * inner, "bf16"), scratch("o", pairs * hidden, "bf16")
-    (up, up_kind), (down, down_kind) = _weights(site, 3), _weights(site, 4)
-    add, be = site.op.name == "moe_add", power(count)
-    block = 64
-    shared: dict[str, Param] = {"EXPERTS": count, "BE": be, "TILE": tile, "BK": 64, "WARPS": 4, "STAGES": 3}
-    return [
-        call("moe_count", [ids, found, COUNTS], (count,), SLOTS=slots, BP=1024),
-        call("moe_place", [ids, found, order, owner, COUNTS], (count,), SLOTS=slots, EXPERTS=count, BE=be, TILE=tile,
-             BP=1024),
-        call("moe_up_tiles", [site.ref(0), order, owner, found, *up, h, COUNTS], (tiles, cdiv(inner, block)),
-             SLOTS=slots, H=hidden, F=inner, BF=block, SX=site.stride(0), **shared, **up_kind),
-        call("moe_down_tiles", [h, order, owner, found, *down, o, COUNTS], (tiles, cdiv(hidden, block)), H=hidden,
-             F=inner, BH=block, **shared, **down_kind),
-        call("moe_combine", [o, weights, *([site.ref(5)] if add else []), result(), COUNTS],
-             (tokens, cdiv(hidden, 1024)), SLOTS=slots, H=hidden, BH=min(1024, power(hidden)),
-             SR=site.stride(5) if add else 0, ADD=add)]

@@ -42,6 +42,7 @@ class Site(BaseSite):
     """One op to lower, with what the target knows of its operands and of the card."""
 
     ring: int
+    narrow: bool  # the card multiplies e4m3
 
     def activation(self, index: int) -> TensorType:
         """The type of a bf16 operand."""

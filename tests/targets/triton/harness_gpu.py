@@ -17,10 +17,13 @@ from qcn_compile.ir.graph import Location, Op, Value
 from qcn_compile.ir.optable import TABLE
 from qcn_compile.ir.types import BatchType, DType, StateKind, StateRef, StateType, TensorType, parse_type
 from qcn_compile.targets.base import Bucket, Call, Kernel, Operand, Ref
+from qcn_compile.targets.site import DECODE_TOKENS
 from qcn_compile.targets.triton.target import GpuTarget
 
 DECODE_1, DECODE_8 = Bucket("decode-1", 1, 1, 1), Bucket("decode-8", 8, 8, 8)
-PREFILL = Bucket("prefill-64", 64, 16, 64)
+PREFILL, LONG = Bucket("prefill-64", 64, 16, 64), Bucket("prefill-192", 192, 16, 64)
+WIDE = Bucket("prefill-2048", 2048, 16, 64)  # capacity only: as many tokens take large tiles
+PRODUCTS = {"linear": 1, "linear_add": 1, "moe_experts": 3, "moe_add": 3}  # op: its operand with the weight of x
 BF16, FP8 = Encoding("bf16"), Encoding("fp8", 128)
 VECTOR = Encoding()
 
@@ -57,6 +60,7 @@ class Case:
     values: dict[Value, tuple[Any, ...]] = field(default_factory=dict)
     ops: list[Op] = field(default_factory=list)
     states: dict[str, StateType] = field(default_factory=dict)
+    tolerance: float = 6e-3
     batch: Value = field(default_factory=lambda: Value("batch", BatchType()))
 
     def input(self, name: str, type_: str, more: int = 0, ints: tuple[int, int | str] | None = None,
@@ -103,7 +107,7 @@ def width(type_: TensorType) -> int:
     return int(np.prod([int(d) for d in type_.shape[1:]], dtype=np.int64))  # type: ignore[arg-type]
 
 
-def check(runner: Runner, target: GpuTarget, case: Case, ragged: Ragged, seed: int = 0, tolerance: float = 6e-3,
+def check(runner: Runner, target: GpuTarget, case: Case, ragged: Ragged, seed: int = 0,
           last: int | None = None) -> float:
     """Results (the `last` ones only, if given) and caches agree with the references; returns the largest error."""
     trial = Trial(case, ragged, target, np.random.default_rng(seed))
@@ -112,7 +116,7 @@ def check(runner: Runner, target: GpuTarget, case: Case, ragged: Ragged, seed: i
     pairs = trial.results(after)
     worst = 0.0
     for what, got, want in [*(pairs if last is None else pairs[-last:]), *trial.caches_after(after)]:
-        worst = max(worst, assert_close(got, want, tolerance, f"{case.name} {ragged}: {what}"))
+        worst = max(worst, assert_close(got, want, case.tolerance, f"{case.name} {ragged}: {what}"))
     return worst
 
 
@@ -150,7 +154,9 @@ class Trial:
         for value, kind in self.case.values.items():
             shape = self._shape(value.tensor)
             if kind[0] == "weight":
-                self.plain[value] = from_bf16(to_bf16(self.rng.standard_normal(shape) * kind[2]))
+                drawn = self.rng.standard_normal(shape)
+                drawn = np.abs(drawn) if kind[2] < 0 else drawn  # a negative scale: all negative, like log decays
+                self.plain[value] = from_bf16(to_bf16(drawn * kind[2]))
             elif kind[2] is not None:
                 high = self.sizes[kind[2][1]] if isinstance(kind[2][1], str) else kind[2][1]
                 self.plain[value] = self.rng.integers(kind[2][0], high, shape, dtype=np.int32)
@@ -271,11 +277,20 @@ class Trial:
         found = []
         for op in self.case.ops:
             attrs = {k: v.name if isinstance(v, StateRef) else v for k, v in op.attrs.items()}
-            made = TABLE[op.name].reference(*[known[v] if v is not None else None for v in op.operands], **attrs)
+            operands = [known[v] if v is not None else None for v in op.operands]
+            if self._narrow(op):
+                operands[0] = torch.from_numpy(through_e4m3(operands[0].numpy()))
+            made = TABLE[op.name].reference(*operands, **attrs)
             for value, tensor in zip(op.results, made if isinstance(made, tuple) else (made,), strict=True):
                 known[value] = tensor
                 found.append((value.name, self._read(after[f"value {value.name}"], value.tensor), tensor.numpy()))
         return found
+
+    def _narrow(self, op: Op) -> bool:
+        """Whether the op multiplies fp8 weights with activations rounded to e4m3."""
+        weight = op.operands[PRODUCTS[op.name]] if op.name in PRODUCTS else None
+        few = self.case.bucket.tokens <= DECODE_TOKENS
+        return weight is not None and self.target.narrow and not few and self.case.values[weight][1].format == "fp8"
 
     def _read(self, line: np.ndarray, type_: TensorType) -> np.ndarray:
         shape = self._shape(type_)
@@ -317,6 +332,16 @@ class Trial:
 def _encoded(data: np.ndarray, encoding: Encoding) -> np.ndarray:
     codes, scales = quantize(data, encoding)
     return dequantize(codes, scales, encoding, data.shape[-1])
+
+
+def through_e4m3(x: np.ndarray) -> np.ndarray:
+    """x [T, K] rounded to e4m3 in groups of 128 columns whose largest becomes 448."""
+    out = np.empty_like(x)
+    for start in range(0, x.shape[1], 128):
+        group = x[:, start:start + 128]
+        scale = np.maximum(np.abs(group).max(1, keepdims=True), 1e-12) / np.float32(448)
+        out[:, start:start + 128] = torch.from_numpy(group / scale).to(torch.float8_e4m3fn).float().numpy() * scale
+    return out
 
 
 def strided(data: np.ndarray, more: int) -> np.ndarray:
