@@ -8,7 +8,7 @@ from qcn_compile.targets.base import Bucket
 DECODE = (1, 8)
 PREFILL = (64, 512)
 GPU_DECODE = (1, 2, 4, 8, 16, 32, 64, 128)  # one graph each, so that a step costs what its sequences need
-GPU_PREFILL = (512, 2048)  # a long chunk reads the experts once for more tokens
+GPU_PREFILL = (512, 1024, 2048, 4096, 8192)  # a long chunk reads the experts once for more tokens
 MAX_SEQUENCES = 256
 MAX_ROWS = 512  # of logits in one step
 

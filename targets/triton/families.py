@@ -95,6 +95,8 @@ FAMILIES = {
     "moe_combine": Family("moe_tiles", "o:bf16 weights:f32 r?ADD:bf16 y:bf16 counts:i32"),
     "delta_step": Family("delta", "x:bf16 z:bf16 b~:bf16 a~:bf16 conv_w:f32 decay:f32 dt_bias:f32 norm_w:f32 "
                                   f"ring:bf16 state:f32 y:bf16 {_SPANS}"),
+    "delta_batch": Family("delta_batch", "x:bf16 z:bf16 b~:bf16 a~:bf16 conv_w:f32 decay:f32 dt_bias:f32 norm_w:f32 "
+                                         f"ring:bf16 state:f32 y:bf16 {_SPANS}"),
     "delta_one": Family("delta", "x:bf16 z:bf16 b~:bf16 a~:bf16 conv_w:f32 decay:f32 dt_bias:f32 norm_w:f32 "
                                  "ring:bf16 state:f32 y:bf16 context_lens:i32 slots:i32 counts:i32"),
     "delta_mix": Family("delta_chunk", f"x:bf16 conv_w:f32 ring:bf16 mixed:bf16 norms:f32 token_seq:i32 {_SPANS}"),

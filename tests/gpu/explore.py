@@ -152,14 +152,21 @@ def launch(memory: Memory, op: Op, call: Call, target: GpuTarget, kernel: Kernel
     return run
 
 
-def microseconds(run: Callable[[], None], times: int = 8) -> float:
-    """Mean time of a launch in a graph, the second cache emptied before each."""
+def microseconds(run: Callable[[], None], times: int = 8, before: Callable[[], None] | None = None) -> float:
+    """Mean time of a launch in a graph, the second cache emptied before each. `before` makes it repeatable: a kernel
+    that counts up (moe_rank) would else write beyond what one run needs."""
+    before = before or _nothing
+    before()
     run()
     if not _SLAB:
         _SLAB.append(torch.empty(128 << 20, dtype=torch.uint8, device=DEVICE))
     torch.cuda.synchronize()
-    both, alone = _graph(lambda: (_flush(), run()), times), _graph(_flush, times)
+    both = _graph(lambda: (_flush(), before(), run()), times)
+    alone = _graph(lambda: (_flush(), before()), times)
     return max(_replayed(both) - _replayed(alone), 1e-3) / times
+
+
+def _nothing() -> None: ...
 
 
 _SLAB: list[torch.Tensor] = []
@@ -278,11 +285,13 @@ def explore(case: Case, lengths: Sequence[int], contexts: Sequence[int] = (),
     every = trials(case.lower(target), changes or {})
     compile_all(memory, every, target)
     total, rows, wanted = 0.0, list[tuple[float, str]](), None
+    fresh = _nothing
     for trial in every:
         name = trial.kernel.family
         try:
             run = launch(memory, trial.op, trial.call, target, trial.kernel, trial.grid)
-            took = microseconds(run)
+            took = microseconds(run, before=fresh if name == "moe_rank" else _nothing)
+            fresh = run if name == "moe_clear" else fresh
         except Exception as problem:
             print(f"  FAIL {name} {trial.label}: {str(problem)[-160:]}", flush=True)
             continue

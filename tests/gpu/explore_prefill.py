@@ -221,14 +221,16 @@ def run_moes() -> None:
     from qcn_compile.targets.triton.lowering import moe_tiles
 
     own = moe_tiles.tile
-    up = [*tiles(WARPS=[4, 8], STAGES=[2, 3, 4])]
-    down = [*tiles(BH=[64, 128], WARPS=[4, 8], STAGES=[2, 3, 4])]
-    for tokens, sizes in ((8192, (64, 128)), (1024, (16, 32, 64)), (128, (16,)), (32, (16,))):
+    large = [*tiles(TWICE=[True], WARPS=[4, 8], STAGES=[3, 4]), *tiles(TWICE=[False], WARPS=[8], STAGES=[3, 4])]
+    small = tiles(TWICE=[False], BF=[128], WARPS=[4, 8], STAGES=[2, 3, 4])
+    for tokens, sizes in ((8192, (64, 128)), (1024, (32, 64)), (128, (16,)), (32, (16,))):
         for size in sizes:
             moe_tiles.tile = lambda pairs, count, size=size: size
             print(f"tile {size}")
-            section(lambda tokens=tokens: check_moe(explore(moe(tokens), [tokens], changes={
-                "moe_up_tiles": up, "moe_down_tiles": down, "moe_combine": tiles(BH=[512, 2048], WARPS=[2, 4])})))
+            section(lambda tokens=tokens, size=size: check_moe(explore(moe(tokens), [tokens], changes={
+                "moe_up_tiles": large if size > 32 else small,
+                "moe_down_tiles": tiles(BH=[64, 128], WARPS=[4, 8], STAGES=[2, 3, 4]),
+                "moe_combine": tiles(BH=[512, 2048], WARPS=[4])})))
     moe_tiles.tile = own
 
 

@@ -45,9 +45,9 @@ def convolved(x, conv_w, ring, token_seq, cu, context_lens, slots, tokens, t, c,
 
 @triton.jit
 def delta_mix(x, conv_w, ring, mixed, norms, token_seq, cu, context_lens, slots, counts, HK: tl.constexpr,
-              DK: tl.constexpr, C: tl.constexpr, BT: tl.constexpr, TOKENS: tl.constexpr, TAPS: tl.constexpr,
+              DK: tl.constexpr, C: tl.constexpr, BT: tl.constexpr, CH: tl.constexpr, TAPS: tl.constexpr,
               RING: tl.constexpr, SX: tl.constexpr, PDL: tl.constexpr):
-    """mixed [T, 2 HK DK] = silu(conv) of q and k, and norms [2 HK, TOKENS], what a head of them is multiplied with
+    """mixed [T, 2 HK DK] = silu(conv) of q and k, and norms [T/CH, 2 HK, CH], what a head of them is multiplied with
     (q by 1/sqrt(DK) too). BT tokens of a head a program, grid (T/BT, 2 HK)."""
     head = tl.program_id(1)
     t, c = tl.program_id(0) * BT + tl.arange(0, BT), head * DK + tl.arange(0, DK)
@@ -59,7 +59,7 @@ def delta_mix(x, conv_w, ring, mixed, norms, token_seq, cu, context_lens, slots,
         at = mixed + t[:, None] * (2 * HK * DK) + c[None, :]
         tl.store(at, v.to(tl.bfloat16), mask=inside[:, None] & (c < C)[None, :])
         norm = tl.rsqrt(tl.sum(v * v, 1) + 1e-6) * tl.where(head < HK, DK ** -0.5, 1.0)
-        tl.store(norms + head * TOKENS + t, norm, mask=inside)
+        tl.store(norms + (t // CH * (2 * HK) + head) * CH + t % CH, norm, mask=inside)
 
 
 @triton.jit
@@ -88,10 +88,10 @@ def unit_lower_inverse(a, CH: tl.constexpr, PRECISION: tl.constexpr):
 @triton.jit
 def delta_solve(x, conv_w, ring, mixed, norms, b, a, decay, dt_bias, w, u, p, fade, token_seq, cu, context_lens, slots,
                 counts, HK: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, CH: tl.constexpr,
-                TOKENS: tl.constexpr, TAPS: tl.constexpr, RING: tl.constexpr, SX: tl.constexpr, SB: tl.constexpr,
-                SA: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr):
+                TAPS: tl.constexpr, RING: tl.constexpr, SX: tl.constexpr, SB: tl.constexpr, SA: tl.constexpr,
+                PRECISION: tl.constexpr, PDL: tl.constexpr):
     """What of a chunk depends on no state: W [T, HV, DK], U [T, HV, DV], P [T/CH, HV, CH, CH] and
-    fade = G [HV, TOKENS]; v is convolved here. Grid (T/CH, HV)."""
+    fade = G [T/CH, HV, CH]; v is convolved here. Grid (T/CH, HV)."""
     chunk, h = tl.program_id(0), tl.program_id(1)
     group = h // (HV // HK)
     i, ik, iv = tl.arange(0, CH), tl.arange(0, DK), tl.arange(0, DV)
@@ -108,10 +108,10 @@ def delta_solve(x, conv_w, ring, mixed, norms, b, a, decay, dt_bias, w, u, p, fa
         beta = rounded(tl.sigmoid(tl.load(b + t * SB + h, mask=inside, other=0.0).to(tl.float32)))
         beta = tl.where(inside, beta, 0.0)
         total = tl.sum(tl.where(low, step[None, :], 0.0), 1)
-        tl.store(fade + h * TOKENS + t, total, mask=inside)
+        tl.store(fade + (chunk * HV + h) * CH + i, total, mask=inside)
         decayed = tl.where(low, tl.exp(tl.where(low, total[:, None] - total[None, :], 0.0)), 0.0)
-        k_norm = tl.load(norms + (HK + group) * TOKENS + t, mask=inside, other=0.0)
-        q_norm = tl.load(norms + group * TOKENS + t, mask=inside, other=0.0)
+        k_norm = tl.load(norms + (chunk * (2 * HK) + HK + group) * CH + i, mask=inside, other=0.0)
+        q_norm = tl.load(norms + (chunk * (2 * HK) + group) * CH + i, mask=inside, other=0.0)
         row = mixed + t[:, None] * (2 * HK * DK)
         k = tl.load(row + HK * DK + group * DK + ik[None, :], mask=rows & (ik >= 0)[None, :], other=0.0)
         q = tl.load(row + group * DK + ik[None, :], mask=rows & (ik >= 0)[None, :], other=0.0)
@@ -131,8 +131,7 @@ def delta_solve(x, conv_w, ring, mixed, norms, b, a, decay, dt_bias, w, u, p, fa
 @triton.jit
 def delta_scan(x, mixed, norms, w, u, p, fade, ring, state, o, cu, context_lens, slots, counts, HK: tl.constexpr,
                HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr, CH: tl.constexpr,
-               TOKENS: tl.constexpr, TAPS: tl.constexpr, RING: tl.constexpr, SX: tl.constexpr, PIPE: tl.constexpr,
-               PDL: tl.constexpr):
+               TAPS: tl.constexpr, RING: tl.constexpr, SX: tl.constexpr, PIPE: tl.constexpr, PDL: tl.constexpr):
     """Chunk after chunk of one sequence, BV value columns of one head: outputs o [T, HV, DV] before the gated norm, the
     new state, and the sequence's last inputs into the ring of the convolution. Grid (HV, DV/BV, S)."""
     h, part, s = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -158,9 +157,9 @@ def delta_scan(x, mixed, norms, w, u, p, fade, ring, state, o, cu, context_lens,
             ks = tl.load(mixed + t[:, None] * (2 * HK * DK) + (HK + group) * DK + ik[None, :],
                          mask=rows & (ik >= 0)[None, :], other=0.0)
             ps = tl.load(p + (chunk * HV + h) * (CH * CH) + i[:, None] * CH + i[None, :])
-            total = tl.load(fade + h * TOKENS + t, mask=mine, other=0.0)
-            q_norm = tl.load(norms + group * TOKENS + t, mask=mine, other=0.0)
-            k_norm = tl.load(norms + (HK + group) * TOKENS + t, mask=mine, other=0.0)
+            total = tl.load(fade + (chunk * HV + h) * CH + i, mask=mine, other=0.0)
+            q_norm = tl.load(norms + (chunk * (2 * HK) + group) * CH + i, mask=mine, other=0.0)
+            k_norm = tl.load(norms + (chunk * (2 * HK) + HK + group) * CH + i, mask=mine, other=0.0)
             whole = tl.sum(tl.where(t == tl.minimum(chunk * CH + CH, stop) - 1, total, 0.0), 0)
             narrow = st.to(tl.bfloat16)
             new = us.to(tl.float32) - tl.dot(ws, narrow)

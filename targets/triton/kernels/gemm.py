@@ -19,8 +19,8 @@ def narrowed(v, BR: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr):
 
 @triton.jit
 def quantize_rows(x, q, qs, counts, ROWS: tl.constexpr, TIMES: tl.constexpr, K: tl.constexpr, BK: tl.constexpr,
-                  BR: tl.constexpr, SX: tl.constexpr, TOKENS: tl.constexpr, PDL: tl.constexpr):
-    """q = x in e4m3 [rows, K], qs its scales [K/128, TOKENS]. Grid (rows/BR, K/BK); BK is 128 or a multiple."""
+                  BR: tl.constexpr, SX: tl.constexpr, PDL: tl.constexpr):
+    """q = x in e4m3 [rows, K], qs its scales [rows, K/128]. Grid (rows/BR, K/BK); BK is 128 or a multiple."""
     t, k = tl.program_id(0) * BR + tl.arange(0, BR), tl.program_id(1) * BK + tl.arange(0, BK)
     begin(PDL)
     rows = true_rows(counts, ROWS, TIMES)
@@ -31,7 +31,7 @@ def quantize_rows(x, q, qs, counts, ROWS: tl.constexpr, TIMES: tl.constexpr, K: 
         tl.store(q + t[:, None] * K + k[None, :], codes, mask=inside)
         block = tl.program_id(1) * (BK // 128) + tl.arange(0, BK // 128)
         there = (t < rows)[:, None] & (block * 128 < K)[None, :]
-        tl.store(qs + block[None, :] * TOKENS + t[:, None], scale, mask=there)
+        tl.store(qs + t[:, None] * ((K + 127) // 128) + block[None, :], scale, mask=there)
 
 
 @triton.jit
@@ -81,7 +81,7 @@ def columns(base, k0, K: tl.constexpr, BK: tl.constexpr):
 @triton.jit
 def gemm(x, xs, w, s, r, y, counts, ROWS: tl.constexpr, TIMES: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
          BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, SX: tl.constexpr,
-         TOKENS: tl.constexpr, SR: tl.constexpr, ADD: tl.constexpr, BIAS: tl.constexpr, SCALED: tl.constexpr,
+         SR: tl.constexpr, ADD: tl.constexpr, BIAS: tl.constexpr, SCALED: tl.constexpr,
          NARROW: tl.constexpr, SWAP: tl.constexpr, PDL: tl.constexpr):
     """BT tokens, BN columns a program; grid (T/BT * N/BN): GROUP token tiles walk the columns together, so that what
     is in flight shares rows of both operands in the second cache."""
@@ -104,7 +104,7 @@ def gemm(x, xs, w, s, r, y, counts, ROWS: tl.constexpr, TIMES: tl.constexpr, N: 
             for k0 in range(0, K, BK):
                 x_scale, w_scale = 1.0, 1.0
                 if NARROW:
-                    x_scale = tl.load(xs + (k0 // 128) * TOKENS + tl.minimum(t, rows - 1))
+                    x_scale = tl.load(xs + tl.minimum(t, rows - 1) * ((K + 127) // 128) + k0 // 128)
                 if SCALED:
                     w_scale = weight_scale(s, row0, tl.minimum(n, N - 1), k0, K, aligned)
                 acc = tile_sum(acc, columns(x_rows, k0, K, BK), columns(w_rows, k0, K, BK), x_scale, w_scale, NARROW,

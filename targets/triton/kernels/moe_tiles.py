@@ -98,11 +98,30 @@ def pairs_of(number, order, owner, found, first, TILE: tl.constexpr):
 
 
 @triton.jit
+def sorted_rows(x_rows, scales, k0, K: tl.constexpr, BK: tl.constexpr, NARROW: tl.constexpr):
+    """Columns k0 to k0 + BK of activations, and with NARROW the scales of these 128."""
+    if NARROW:
+        return columns(x_rows, k0, K, BK), tl.load(scales + k0 // 128)
+    else:
+        return columns(x_rows, k0, K, BK), 1.0
+
+
+@triton.jit
+def expert_sum(acc, v, x_scale, w, s, row0, n, k0, K: tl.constexpr, BK: tl.constexpr, NARROW: tl.constexpr,
+               SCALED: tl.constexpr, ALIGNED: tl.constexpr, SWAP: tl.constexpr):
+    """acc + v times the columns k0 to k0 + BK of rows n of an expert's matrix."""
+    scale = 1.0
+    if SCALED:
+        scale = weight_scale(s, row0, n, k0, K, ALIGNED)
+    return tile_sum(acc, v, columns(w + n[:, None] * K, k0, K, BK), x_scale, scale, NARROW, SCALED, ALIGNED, SWAP)
+
+
+@triton.jit
 def moe_up_tiles(x, xs, order, owner, found, first, w, s, h, hs, counts, SLOTS: tl.constexpr, EXPERTS: tl.constexpr,
                  H: tl.constexpr, F: tl.constexpr, BF: tl.constexpr, TILE: tl.constexpr, BK: tl.constexpr,
-                 SX: tl.constexpr, TOKENS: tl.constexpr, PLACES: tl.constexpr, SCALED: tl.constexpr,
-                 NARROW: tl.constexpr, SWAP: tl.constexpr, PDL: tl.constexpr):
-    """h = silu(gate x) * up x of TILE pairs of one expert, with NARROW in e4m3 with scales hs [F/BF, PLACES].
+                 SX: tl.constexpr, SCALED: tl.constexpr, NARROW: tl.constexpr, SWAP: tl.constexpr, TWICE: tl.constexpr,
+                 PDL: tl.constexpr):
+    """h = silu(gate x) * up x of TILE pairs of one expert, with NARROW in e4m3 with scales hs [tiles, F/BF, TILE].
     Grid (tiles * F/BF); w [E, 2F, H], gate above up."""
     across: tl.constexpr = (F + BF - 1) // BF
     number, part = tl.program_id(0) // across, tl.program_id(0) % across
@@ -114,24 +133,31 @@ def moe_up_tiles(x, xs, order, owner, found, first, w, s, h, hs, counts, SLOTS: 
         gate_n = tl.minimum(f, F - 1)
         up_n = gate_n + F
         blocks: tl.constexpr = ((2 * F + 127) // 128) * ((H + 127) // 128)
-        x_rows, experts_w, experts_s = x + token[:, None] * SX, w + expert * (2 * F * H), s
+        experts_w, experts_s = w + expert * (2 * F * H), s
         if SCALED:
             experts_s = s + expert * blocks
         aligned: tl.constexpr = 128 % BF == 0 and F % 128 == 0
+        x_rows, scales = x + token[:, None] * SX, xs
+        if NARROW:
+            scales = xs + token * ((H + 127) // 128)
         a = tl.zeros((BF, TILE) if SWAP else (TILE, BF), tl.float32)
         b = tl.zeros((BF, TILE) if SWAP else (TILE, BF), tl.float32)
-        for k0 in range(0, H, BK):
-            x_scale, gate_scale, up_scale = 1.0, 1.0, 1.0
-            if NARROW:
-                x_scale = tl.load(xs + (k0 // 128) * TOKENS + token)
-            if SCALED:
-                gate_scale = weight_scale(experts_s, row0, gate_n, k0, H, aligned)
-                up_scale = weight_scale(experts_s, row0 + F, up_n, k0, H, aligned)
-            v = columns(x_rows, k0, H, BK)
-            a = tile_sum(a, v, columns(experts_w + gate_n[:, None] * H, k0, H, BK), x_scale, gate_scale, NARROW, SCALED,
-                         aligned, SWAP)
-            b = tile_sum(b, v, columns(experts_w + up_n[:, None] * H, k0, H, BK), x_scale, up_scale, NARROW, SCALED,
-                         aligned, SWAP)
+        if TWICE:  # large tiles: one sum at a time, or registers run out
+            for k0 in range(0, H, BK):
+                v, x_scale = sorted_rows(x_rows, scales, k0, H, BK, NARROW)
+                a = expert_sum(a, v, x_scale, experts_w, experts_s, row0, gate_n, k0, H, BK, NARROW, SCALED, aligned,
+                               SWAP)
+            for k0 in range(0, H, BK):
+                v, x_scale = sorted_rows(x_rows, scales, k0, H, BK, NARROW)
+                b = expert_sum(b, v, x_scale, experts_w, experts_s, row0 + F, up_n, k0, H, BK, NARROW, SCALED, aligned,
+                               SWAP)
+        else:
+            for k0 in range(0, H, BK):
+                v, x_scale = sorted_rows(x_rows, scales, k0, H, BK, NARROW)
+                a = expert_sum(a, v, x_scale, experts_w, experts_s, row0, gate_n, k0, H, BK, NARROW, SCALED, aligned,
+                               SWAP)
+                b = expert_sum(b, v, x_scale, experts_w, experts_s, row0 + F, up_n, k0, H, BK, NARROW, SCALED, aligned,
+                               SWAP)
         out = silu(a) * b
         if SWAP:
             out = tl.trans(out)
@@ -140,15 +166,16 @@ def moe_up_tiles(x, xs, order, owner, found, first, w, s, h, hs, counts, SLOTS: 
         if NARROW:
             codes, scale = narrowed(tl.where((f < F)[None, :], out, 0.0), TILE, BF, BF)
             tl.store(h + place[:, None] * F + f[None, :], codes, mask=inside)
-            tl.store(hs + part * PLACES + place, tl.reshape(scale, (TILE,)), mask=there)
+            at = hs + (number * across + part) * TILE + tl.arange(0, TILE)
+            tl.store(at, tl.reshape(scale, (TILE,)), mask=there)
         else:
             tl.store(h + place[:, None] * F + f[None, :], out.to(tl.bfloat16), mask=inside)
 
 
 @triton.jit
 def moe_down_tiles(h, hs, order, owner, found, first, w, s, o, counts, EXPERTS: tl.constexpr, H: tl.constexpr,
-                   F: tl.constexpr, BH: tl.constexpr, TILE: tl.constexpr, BK: tl.constexpr, PLACES: tl.constexpr,
-                   SCALED: tl.constexpr, NARROW: tl.constexpr, SWAP: tl.constexpr, PDL: tl.constexpr):
+                   F: tl.constexpr, BH: tl.constexpr, TILE: tl.constexpr, BK: tl.constexpr, SCALED: tl.constexpr,
+                   NARROW: tl.constexpr, SWAP: tl.constexpr, PDL: tl.constexpr):
     """o[pair] = down h of TILE pairs of one expert. Grid (tiles * H/BH); w [E, H, F], BK a group of hs."""
     across: tl.constexpr = (H + BH - 1) // BH
     number, part = tl.program_id(0) // across, tl.program_id(0) % across
@@ -167,7 +194,8 @@ def moe_down_tiles(h, hs, order, owner, found, first, w, s, o, counts, EXPERTS: 
         for k0 in range(0, F, BK):
             h_scale, w_scale = 1.0, 1.0
             if NARROW:
-                h_scale = tl.load(hs + (k0 // BK) * PLACES + place)
+                group = number * ((F + BK - 1) // BK) + k0 // BK
+                h_scale = tl.load(hs + group * TILE + tl.arange(0, TILE))
             if SCALED:
                 w_scale = weight_scale(experts_s, row0, rows, k0, F, aligned)
             acc = tile_sum(acc, columns(h_rows, k0, F, BK), columns(w_rows, k0, F, BK), h_scale, w_scale, NARROW,

@@ -18,29 +18,27 @@ def tiles(tokens: int, n: int, narrow: bool) -> dict[str, Param]:
     return {"BT": 128, "BN": 128, "BK": 128 if narrow else 64, "GROUP": 8, "SWAP": False, "WARPS": 8, "STAGES": 3}
 
 
-def quantized(site: Site, index: int) -> tuple[list[Call], list[Ref], int]:
-    """The launch that makes e4m3 of an activation; (codes, scales) and the distance between rows of scales."""
+def quantized(site: Site, index: int) -> tuple[list[Call], list[Ref]]:
+    """The launch that makes e4m3 of an activation, and [codes, scales]."""
     x = site.activation(index)
     tokens, k = site.capacity(x.shape), int(x.shape[-1])  # type: ignore[arg-type]
-    codes, scales = scratch("q", tokens * k, "fp8"), scratch("qs", cdiv(k, 128) * tokens, "f32")
+    codes, scales = scratch("q", tokens * k, "fp8"), scratch("qs", tokens * cdiv(k, 128), "f32")
     rows, wide = 4, min(power(k, 128), 2048)
     return [call("quantize_rows", [site.ref(index), codes, scales, COUNTS], (cdiv(tokens, rows), cdiv(k, wide)), K=k,
-                 BK=wide, BR=rows, SX=site.stride(index), TOKENS=tokens, WARPS=4, **site.rows(x.shape))], \
-        [codes, scales], tokens
+                 BK=wide, BR=rows, SX=site.stride(index), WARPS=4, **site.rows(x.shape))], [codes, scales]
 
 
 def gemm(site: Site, encoding: Encoding, weight: list[Ref], rest: list[Ref], params: dict[str, Param]) -> list[Call]:
     """`weight` codes (and scales), `rest` addend or bias if any and the result, `params` what linear knows of them."""
     tokens, n, k = site.capacity(site.operand(0).type.shape), int(params["N"]), int(params["K"])
     narrow = site.narrow and encoding.format == "fp8"
-    before, x, distance = quantized(site, 0) if narrow else ([], [site.ref(0)], 0)
+    before, x = quantized(site, 0) if narrow else ([], [site.ref(0)])
     shape = tiles(tokens, n, narrow)
     if not narrow:
         shape["BK"] = 64
     stride = k if narrow else params["SX"]
     return [*before, call("gemm", [*x, *weight, *rest, COUNTS], (cdiv(n, int(shape["BN"])) * _padded(tokens, shape),),
-                          **{**params, "SX": stride}, X="fp8" if narrow else "bf16", NARROW=narrow, TOKENS=distance,
-                          **shape)]
+                          **{**params, "SX": stride}, X="fp8" if narrow else "bf16", NARROW=narrow, **shape)]
 
 
 def _padded(tokens: int, shape: dict[str, Param]) -> int:

@@ -91,7 +91,7 @@ def paged_attention(site: Site) -> list[Call]:
 
 
 def delta_net(site: Site) -> list[Call]:
-    """One launch when decoding; convolution, ring, rule and gated norm in prefill."""
+    """One launch when decoding; convolution, chunks, scan and gated norm in prefill."""
     site.stated("conv")
     site.stated("delta")
     sizes: dict[str, Param] = {"HK": site.integer("key_heads"), "HV": site.integer("value_heads"),
@@ -103,12 +103,13 @@ def delta_net(site: Site) -> list[Call]:
     weights = Ref("blob", index=4, layout="channels", part="w")
     conv: dict[str, Param] = {"TAPS": taps, "RING": site.ring, "SX": site.stride(0)}
     gates: dict[str, Param] = {"SB": site.stride(2), "SA": site.stride(3)}
-    if site.decode:
+    if site.bucket.sequences == site.bucket.tokens:
         args = [*(site.ref(i) for i in range(4)), weights, *(site.ref(i) for i in (5, 6, 7)), state("conv"),
                 state("delta"), result(), *SPANS]
         if site.bucket.tokens == 1:
             return [call("delta_one", args[:-4] + args[-3:], (hv,), **sizes, TAPS=taps, RING=site.ring,
                          EPS=site.real("eps"), WARPS=4)]
-        return [call("delta_step", args, (hv, site.bucket.sequences), **sizes, **conv, **gates, SZ=site.stride(1),
+        family, heads = ("delta_step", hv) if site.decode else ("delta_batch", int(sizes["HK"]))
+        return [call(family, args, (heads, site.bucket.sequences), **sizes, **conv, **gates, SZ=site.stride(1),
                      EPS=site.real("eps"), WARPS=4)]
     return chunked(site, sizes, conv, gates, weights)

@@ -43,7 +43,7 @@ def sorted_experts(site: Site, shape: tuple[int, int, int, int, int], up: tuple[
     ids, weights = Ref("operand", index=1), Ref("operand", index=2)
     before, made, most = sort(ids, pairs, slots, count, size)
     narrow = site.narrow and bool(up[1]["SCALED"])
-    first, x, distance = quantized(site, 0) if narrow else ([], [site.ref(0)], 0)
+    first, x = quantized(site, 0) if narrow else ([], [site.ref(0)])
     places, block = most * size, min(128, power(inner, 16))
     h = [scratch("h", places * inner, "fp8" if narrow else "bf16")]
     if narrow:
@@ -51,13 +51,13 @@ def sorted_experts(site: Site, shape: tuple[int, int, int, int, int], up: tuple[
     o, tiled = scratch("o", pairs * hidden, "bf16"), list(made.values())
     add = site.op.name == "moe_add"
     few = size <= 32
-    shared: dict[str, Param] = {"EXPERTS": count, "H": hidden, "F": inner, "TILE": size, "PLACES": places,
-                                "NARROW": narrow, "SWAP": few, "X": "fp8" if narrow else "bf16"}
+    shared: dict[str, Param] = {"EXPERTS": count, "H": hidden, "F": inner, "TILE": size, "NARROW": narrow,
+                                "SWAP": few, "X": "fp8" if narrow else "bf16"}
     return [
         *before, *first,
         call("moe_up_tiles", [*x, *tiled, *up[0], *h, COUNTS], (most * cdiv(inner, block),), SLOTS=slots, BF=block,
-             BK=128 if narrow else 64, SX=hidden if narrow else site.stride(0), TOKENS=distance, WARPS=8, STAGES=3,
-             **shared, **up[1]),
+             BK=128 if narrow else 64, SX=hidden if narrow else site.stride(0), WARPS=4 if few else 8,
+             STAGES=3, TWICE=not few, **shared, **up[1]),
         call("moe_down_tiles", [*h, *tiled, *down[0], o, COUNTS], (most * cdiv(hidden, 128),), BH=128,
              BK=block if narrow else 64, WARPS=4 if few else 8, STAGES=3, **shared, **down[1]),
         call("moe_combine", [o, weights, *([site.ref(5)] if add else []), result(), COUNTS],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from harness_gpu import BF16, DECODE_1, DECODE_8, FP8, LONG, PREFILL, WIDE, Case, Ragged
+from harness_gpu import BF16, DECODE_1, DECODE_8, DECODE_64, FP8, LONG, PREFILL, WIDE, Case, Ragged
 
 from qcn_compile.ir.encoding import Encoding
 from qcn_compile.ir.graph import Value
@@ -14,6 +14,7 @@ ONE, FEW, MANY = [Ragged((1,))], [Ragged((3,)), Ragged((8,))], [Ragged((13,)), R
 BATCHES = {
     "decode-1": [Ragged((1,)), Ragged((1,), (40,))],
     "decode-8": [Ragged((1, 1, 1), (0, 31, 70)), Ragged((5, 1), (33, 2)), Ragged((8,), (17,))],
+    "decode-64": [Ragged((1,) * 12, (*range(10), 15, 40)), Ragged((17, 1, 30), (5, 0, 100))],
     "prefill-192": [Ragged((70, 1, 90), (0, 5, 100)), Ragged((64, 63, 65), (1, 0, 2)), Ragged((130,), (33,))],
     "prefill-64": [Ragged((5,)), Ragged((33, 1, 20), (0, 100, 31)), Ragged((1, 1, 4, 2), (15, 16, 0, 63))],
 }
@@ -88,11 +89,15 @@ def routes() -> list[Trialled]:
     return found
 
 
-def experts(name: str, bucket: Bucket, encoding: Encoding, count: int, hidden: int, inner: int,
-            top: int) -> Trialled:
-    case = Case(f"{name} {encoding.format} {count} {hidden} {inner} {bucket.name}", bucket)
+def experts(name: str, bucket: Bucket, encoding: Encoding, count: int, hidden: int, inner: int, top: int,
+            skewed: bool = False) -> Trialled:
+    """With `skewed`, all tokens go to the same few experts and none to the others."""
+    case = Case(f"{name} {encoding.format} {count} {hidden} {inner} {bucket.name}{' skewed' * skewed}", bucket)
     shared = name == "moe_add"
-    ids, weights = case.op("moe_route", [case.input("logits", f"bf16[T,{count}]", scale=2.0)], top_k=top,
+    logits = case.input("logits", f"bf16[T,{count}]", scale=0.1 if skewed else 2.0)
+    if skewed:
+        logits = case.op("add", [logits, case.weight("bias", (count,), scale=4.0)])
+    ids, weights = case.op("moe_route", [logits], top_k=top,
                            normalize=True, shared=shared)
     operands: list[Value | None] = [case.input("x", f"bf16[T,{hidden}]", more=16), ids, weights,
                                     case.weight("gate_up", (count, 2 * inner, hidden), encoding),
@@ -107,13 +112,15 @@ def moes() -> list[Trialled]:
     small = [experts("moe_add", bucket, encoding, 6, 136, 24, 2)
              for bucket in (DECODE_1, DECODE_8, PREFILL) for encoding in (BF16, FP8)]
     return [*((case, batches[:1]) for case, batches in small), experts("moe_experts", PREFILL, BF16, 9, 48, 128, 2),
+            experts("moe_experts", PREFILL, FP8, 40, 32, 128, 2, True),
+            experts("moe_add", WIDE, BF16, 70, 32, 40, 3, True),
             *(experts("moe_add", WIDE, encoding, 12, 48, 130, 8) for encoding in (BF16, FP8))]
 
 
 def deltas() -> list[Trialled]:
     found = []
-    for bucket, (hk, hv, dk, dv) in ((DECODE_1, (2, 4, 16, 32)), (DECODE_8, (2, 4, 16, 16)), (PREFILL, (1, 3, 16, 32)),
-                                     (LONG, (2, 4, 16, 64))):
+    for bucket, (hk, hv, dk, dv) in ((DECODE_1, (2, 4, 16, 32)), (DECODE_8, (2, 4, 16, 16)),
+                                     (DECODE_64, (2, 4, 16, 16)), (PREFILL, (1, 3, 16, 32)), (LONG, (2, 4, 16, 64))):
         case, channels = Case(f"delta_net {hk} {hv} {dk} {dv} {bucket.name}", bucket), 2 * hk * dk + hv * dv
         conv = case.state("conv", StateKind.conv, DType.bf16, (channels, 3))
         delta = case.state("delta", StateKind.delta, DType.f32, (hv, dk, dv))
@@ -137,6 +144,7 @@ def attentions() -> list[Trialled]:
     for bucket, (hq, hkv, dim, half, norms, gate) in ((DECODE_1, (4, 2, 32, 4, True, True)),
                                                       (DECODE_8, (6, 1, 16, 8, False, False)),
                                                       (DECODE_8, (4, 2, 32, 4, True, True)),
+                                                      (DECODE_64, (4, 2, 32, 4, True, True)),
                                                       (PREFILL, (4, 2, 32, 4, True, True)),
                                                       (PREFILL, (3, 3, 24, 5, True, False)),
                                                       (LONG, (8, 1, 16, 4, True, True))):

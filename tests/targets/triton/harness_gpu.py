@@ -21,6 +21,7 @@ from qcn_compile.targets.site import DECODE_TOKENS
 from qcn_compile.targets.triton.target import GpuTarget
 
 DECODE_1, DECODE_8 = Bucket("decode-1", 1, 1, 1), Bucket("decode-8", 8, 8, 8)
+DECODE_64 = Bucket("decode-64", 64, 64, 64)
 PREFILL, LONG = Bucket("prefill-64", 64, 16, 64), Bucket("prefill-192", 192, 16, 64)
 WIDE = Bucket("prefill-2048", 2048, 16, 64)  # capacity only: as many tokens take large tiles
 PRODUCTS = {"linear": 1, "linear_add": 1, "moe_experts": 3, "moe_add": 3}  # op: its operand with the weight of x
