@@ -72,7 +72,8 @@ _TILED = "order:i32 owner:i32 found:i32 first:i32 w:{W} s?SCALED:f32"
 FAMILIES = {
     "embedding": Family("rows", "ids:i32 last:i32 w:bf16 y:bf16 counts:i32"),
     "gather_rows": Family("rows", "x:bf16 rows:i32 y:bf16 counts:i32"),
-    "rms_norm": Family("rows", "x:bf16 r?ADD:bf16 w:f32 z?GATE:bf16 total?ADD:bf16 y:bf16 counts:i32"),
+    "rms_norm": Family("rows", "x:bf16 r?ADD:bf16 w:f32 z?GATE:bf16 total?ADD:bf16 y:bf16 q?NARROW:fp8 "
+                               "qs?NARROW:f32 counts:i32"),
     "unary": Family("rows", "x~:{X} y:{X} counts:i32"),
     "binary": Family("rows", "a~:{A} b~:{B} y:{Y} counts:i32"),
     "copy_columns": Family("rows", "x~:bf16 y:bf16 counts:i32"),
@@ -96,7 +97,7 @@ FAMILIES = {
     "delta_step": Family("delta", "x:bf16 z:bf16 b~:bf16 a~:bf16 conv_w:f32 decay:f32 dt_bias:f32 norm_w:f32 "
                                   f"ring:bf16 state:f32 y:bf16 {_SPANS}"),
     "delta_batch": Family("delta_batch", "x:bf16 z:bf16 b~:bf16 a~:bf16 conv_w:f32 decay:f32 dt_bias:f32 norm_w:f32 "
-                                         f"ring:bf16 state:f32 y:bf16 {_SPANS}"),
+                                         f"ring:bf16 state:f32 y:{{Y}} ys?NARROW:f32 {_SPANS}"),
     "delta_one": Family("delta", "x:bf16 z:bf16 b~:bf16 a~:bf16 conv_w:f32 decay:f32 dt_bias:f32 norm_w:f32 "
                                  "ring:bf16 state:f32 y:bf16 context_lens:i32 slots:i32 counts:i32"),
     "delta_mix": Family("delta_chunk", f"x:bf16 conv_w:f32 ring:bf16 mixed:bf16 norms:f32 token_seq:i32 {_SPANS}"),
@@ -104,17 +105,18 @@ FAMILIES = {
                                          f"dt_bias:f32 w:bf16 u:bf16 p:bf16 fade:f32 token_seq:i32 {_SPANS}"),
     "delta_scan": Family("delta_chunk", "x:bf16 mixed:bf16 norms:f32 w:bf16 u:bf16 p:bf16 fade:f32 ring:bf16 state:f32 "
                                         f"o:bf16 {_SPANS}"),
-    "delta_norm": Family("delta_chunk", "o:bf16 w:f32 z:bf16 y:bf16 counts:i32"),
+    "delta_norm": Family("delta_chunk", "o:bf16 w:f32 z:bf16 y:{Y} ys?NARROW:f32 counts:i32"),
     "rope_table": Family("attention", "positions:i32 inv_freq:f32 cos:f32 sin:f32 counts:i32"),
     "rope_append": Family("attention", "q:bf16 k:bf16 v:bf16 q_w?Q_NORM:f32 k_w?K_NORM:f32 cos:f32 sin:f32 y:bf16 "
                                        f"keys:bf16 values:bf16 {_BATCH}"),
     "attention_split": Family("attention", f"q:bf16 part:f32 score:f32 keys:bf16 values:bf16 {_BATCH}"),
-    "attention_combine": Family("attention", "part:f32 score:f32 gate?GATE:bf16 y:bf16 counts:i32"),
+    "attention_combine": Family("attention", "part:f32 score:f32 gate?GATE:bf16 y:{Y} ys?NARROW:f32 counts:i32"),
     "sample_blocks": Family("sample", f"{_LOGITS} top:f32 arg:i32 mass:f32 counts:i32"),
     "sample_shortlist": Family("sample", f"{_LOGITS} top:f32 value:f32 number:i32 found:i32 counts:i32"),
     "sample_pick": Family("sample", f"{_LOGITS} top:f32 arg:i32 mass:f32 value:f32 number:i32 found:i32 chosen:i32 "
                                     "last:i32 counts:i32"),
-    "attention_prefill": Family("attention_prefill", f"q:bf16 gate?GATE:bf16 y:bf16 keys:bf16 values:bf16 {_BATCH}"),
+    "attention_prefill": Family("attention_prefill", "q:bf16 gate?GATE:bf16 y:{Y} ys?NARROW:f32 keys:bf16 "
+                                                     f"values:bf16 {_BATCH}"),
 }
 HIDDEN = ("W", "A", "B", "X", "Y", "R", "ADDEND")  # parameters that only say what a pointer is
 

@@ -17,6 +17,7 @@ from qcn_compile.targets.site import DECODE_TOKENS
 from qcn_compile.targets.spec import Hardware, hardware
 from qcn_compile.targets.triton import lowering, packing
 from qcn_compile.targets.triton.lowering.site import Site
+from qcn_compile.targets.triton.narrow import narrowing
 from qcn_compile.targets.triton.specialise import choice, specialise
 
 PAGE = 32  # tokens of a KV page
@@ -43,6 +44,8 @@ class GpuTarget:
 
     def specialise(self, ops: Sequence[Op], outputs: Sequence[Value], bucket: Bucket) -> list[Op]:
         """The ops of a bucket: in some, ops are fused that stay apart in others; last, the choice of tokens."""
+        if self.narrow and bucket.tokens > DECODE_TOKENS:
+            ops = narrowing(ops, outputs)
         return [*specialise(ops, outputs, bucket), *(choice(logits) for logits in outputs[:1])]
 
     def lower(self, op: Op, operands: Sequence[Operand | None], results: Sequence[TensorType],

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from qcn_compile.targets.triton.kernels.common import begin, rounded
+from qcn_compile.targets.triton.kernels.common import begin, narrowed, rounded
 
 
 @triton.jit
@@ -123,9 +123,11 @@ def attention_split(q, part, score, keys, values, token_seq, cu, context_lens, b
 
 
 @triton.jit
-def attention_combine(part, score, gate, y, counts, HQ: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
-                      SPLITS: tl.constexpr, SG: tl.constexpr, GATE: tl.constexpr, PDL: tl.constexpr):
-    """The splits of one head of one token as one softmax, times sigmoid(gate). Grid (T, HQ)."""
+def attention_combine(part, score, gate, y, ys, counts, HQ: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+                      SPLITS: tl.constexpr, SG: tl.constexpr, GATE: tl.constexpr, NARROW: tl.constexpr,
+                      PDL: tl.constexpr):
+    """The splits of one head of one token as one softmax, times sigmoid(gate). Grid (T, HQ). With NARROW (D a multiple
+    of 128) y is e4m3 with scales ys [T, HQ * D / 128]."""
     t, h = tl.program_id(0), tl.program_id(1)
     d, i = tl.arange(0, BD), tl.arange(0, SPLITS)
     begin(PDL)
@@ -138,4 +140,10 @@ def attention_combine(part, score, gate, y, counts, HQ: tl.constexpr, D: tl.cons
         out = rounded(tl.sum(parts * share[:, None], 0) / tl.sum(share, 0))
         if GATE:
             out *= tl.sigmoid(tl.load(gate + t * SG + h * D + d, mask=d < D, other=0.0).to(tl.float32))
-        tl.store(y + (t * HQ + h) * D + d, out.to(tl.bfloat16), mask=d < D)
+        if NARROW:
+            codes, scale = narrowed(tl.reshape(tl.where(d < D, rounded(out), 0.0), (1, BD)), 1, BD, 128)
+            group = tl.arange(0, BD // 128)
+            tl.store(y + (t * HQ + h) * D + d, tl.reshape(codes, (BD,)), mask=d < D)
+            tl.store(ys + (t * HQ + h) * (D // 128) + group, tl.reshape(scale, (BD // 128,)), mask=group < D // 128)
+        else:
+            tl.store(y + (t * HQ + h) * D + d, out.to(tl.bfloat16), mask=d < D)

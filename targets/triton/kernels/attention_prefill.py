@@ -4,7 +4,7 @@ with the tokens into the rows of the tensor core (Dao, "FlashAttention-2", 2023)
 import triton
 import triton.language as tl
 
-from qcn_compile.targets.triton.kernels.common import begin, rounded
+from qcn_compile.targets.triton.kernels.common import begin, narrowed, rounded
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
@@ -39,12 +39,13 @@ def attended(q, k, v, visible, top, total, acc, FACTOR: tl.constexpr, MASKED: tl
 
 
 @triton.jit
-def attention_prefill(q, gate, y, keys, values, token_seq, cu, context_lens, block_table, counts, HQ: tl.constexpr,
+def attention_prefill(q, gate, y, ys, keys, values, token_seq, cu, context_lens, block_table, counts, HQ: tl.constexpr,
                       HKV: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BT: tl.constexpr, BG: tl.constexpr,
                       PAGE: tl.constexpr, BS: tl.constexpr, PIPE: tl.constexpr, SQ: tl.constexpr, SG: tl.constexpr,
-                      GATE: tl.constexpr, SCALE: tl.constexpr, PDL: tl.constexpr):
+                      GATE: tl.constexpr, NARROW: tl.constexpr, SCALE: tl.constexpr, PDL: tl.constexpr):
     """BT tokens and the BG heads of one KV head, grid (T/BT, HKV), the tiles with most keys first. A tile that spans
-    sequences visits each of them; one that does not looks at the keys before its first token without masks."""
+    sequences visits each of them; one that does not looks at the keys before its first token without masks. With NARROW
+    (D a multiple of 128) y is e4m3 with scales ys [T, HQ * D / 128]."""
     g = tl.program_id(1)
     repeat: tl.constexpr = HQ // HKV
     factor: tl.constexpr = SCALE * LOG2E
@@ -84,4 +85,11 @@ def attention_prefill(q, gate, y, keys, values, token_seq, cu, context_lens, blo
         if GATE:
             out *= tl.sigmoid(tl.load(gate + t[:, None] * SG + head[:, None] * D + d[None, :], mask=mine,
                                       other=0.0).to(tl.float32))
-        tl.store(y + place, out.to(tl.bfloat16), mask=mine)
+        if NARROW:
+            codes, scale = narrowed(tl.where((d < D)[None, :], rounded(out), 0.0), BT * BG, BD, 128)
+            group = tl.arange(0, BD // 128)[None, :]
+            tl.store(y + place, codes, mask=mine)
+            tl.store(ys + (t * HQ + head)[:, None] * (D // 128) + group, scale,
+                     mask=((t < tokens) & (j < repeat))[:, None] & (group < D // 128))
+        else:
+            tl.store(y + place, out.to(tl.bfloat16), mask=mine)

@@ -46,3 +46,12 @@ def rounded(v):
 @triton.jit
 def silu(v):
     return v * tl.sigmoid(v)
+
+
+@triton.jit
+def narrowed(v, BR: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr):
+    """f32 [BR, BK] as e4m3 and its scales [BR, BK/GROUP]: the largest of a group becomes 448."""
+    groups = tl.reshape(v, (BR, BK // GROUP, GROUP))
+    most = tl.maximum(tl.max(tl.abs(groups), 2), 1e-12)
+    codes = (groups * (448.0 / most)[:, :, None]).to(tl.float8e4nv)
+    return tl.reshape(codes, (BR, BK)), most * (1.0 / 448.0)

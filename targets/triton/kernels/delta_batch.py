@@ -3,17 +3,17 @@
 import triton
 import triton.language as tl
 
-from qcn_compile.targets.triton.kernels.common import begin, rounded, silu
+from qcn_compile.targets.triton.kernels.common import begin, narrowed, rounded, silu
 from qcn_compile.targets.triton.kernels.delta import conv_silu, keep_inputs, step
 
 
 @triton.jit
-def delta_batch(x, z, b, a, conv_w, decay, dt_bias, norm_w, ring, state, y, cu, context_lens, slots, counts,
+def delta_batch(x, z, b, a, conv_w, decay, dt_bias, norm_w, ring, state, y, ys, cu, context_lens, slots, counts,
                 HK: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, TAPS: tl.constexpr,
                 RING: tl.constexpr, SX: tl.constexpr, SZ: tl.constexpr, SB: tl.constexpr, SA: tl.constexpr,
-                EPS: tl.constexpr, PDL: tl.constexpr):
+                EPS: tl.constexpr, NARROW: tl.constexpr, PDL: tl.constexpr):
     """The whole mixer, token by token, as `delta_step` does. Grid (HK, S). Nobody else reads the channels of the ring
-    that a program writes, so steps of any length are safe."""
+    that a program writes, so steps of any length are safe. With NARROW (DV 128) y is e4m3, and ys a scale a head."""
     group, s = tl.program_id(0), tl.program_id(1)
     repeat: tl.constexpr = HV // HK
     channels: tl.constexpr = 2 * HK * DK + HV * DV
@@ -41,7 +41,13 @@ def delta_batch(x, z, b, a, conv_w, decay, dt_bias, norm_w, ring, state, y, cu, 
             out = rounded(out)
             gate = silu(tl.load(z + t * SZ + h * DV + iv).to(tl.float32))
             out = out * tl.rsqrt(tl.sum(out * out, 0) / DV + EPS) * norm * gate
-            tl.store(y + t * (HV * DV) + h * DV + iv, out.to(tl.bfloat16))
+            place = y + t * (HV * DV) + h * DV + iv
+            if NARROW:
+                codes, scale = narrowed(tl.reshape(rounded(out), (1, DV)), 1, DV, DV)
+                tl.store(place, tl.reshape(codes, (DV,)))
+                tl.store(ys + t * HV + h, tl.sum(scale))
+            else:
+                tl.store(place, out.to(tl.bfloat16))
         tl.store(at, st, mask=alive & (ik[:, None] >= 0) & (iv[None, :] >= 0))
     tl.debug_barrier()
     keep_inputs(x, own, cq, start, stop, context, channels, TAPS, RING, SX, ik >= 0)

@@ -13,7 +13,7 @@ q, k, v stay as the convolution rounded them (bf16); norms, gates, M and S are f
 import triton
 import triton.language as tl
 
-from qcn_compile.targets.triton.kernels.common import begin, rounded, silu
+from qcn_compile.targets.triton.kernels.common import begin, narrowed, rounded, silu
 from qcn_compile.targets.triton.kernels.delta import keep_inputs
 from qcn_compile.targets.triton.kernels.rows import softplus
 
@@ -178,9 +178,10 @@ def delta_scan(x, mixed, norms, w, u, p, fade, ring, state, o, cu, context_lens,
 
 
 @triton.jit
-def delta_norm(o, w, z, y, counts, HV: tl.constexpr, DV: tl.constexpr, BR: tl.constexpr, SZ: tl.constexpr,
-               EPS: tl.constexpr, PDL: tl.constexpr):
-    """y = norm(o) * w * silu(z), head by head: BR heads of the flat [T * HV] a program, grid (T * HV / BR)."""
+def delta_norm(o, w, z, y, ys, counts, HV: tl.constexpr, DV: tl.constexpr, BR: tl.constexpr, SZ: tl.constexpr,
+               EPS: tl.constexpr, NARROW: tl.constexpr, PDL: tl.constexpr):
+    """y = norm(o) * w * silu(z), head by head: BR heads of the flat [T * HV] a program, grid (T * HV / BR). With NARROW
+    (DV 128) in e4m3, and a scale a head."""
     r, d = tl.program_id(0) * BR + tl.arange(0, BR), tl.arange(0, DV)
     weight = tl.load(w + d)
     begin(PDL)
@@ -191,4 +192,9 @@ def delta_norm(o, w, z, y, counts, HV: tl.constexpr, DV: tl.constexpr, BR: tl.co
         gate = tl.load(z + (r // HV)[:, None] * SZ + (r % HV)[:, None] * DV + d[None, :], mask=inside, other=0.0)
         v *= tl.rsqrt(tl.sum(v * v, 1) / DV + EPS)[:, None]
         v = v * weight[None, :] * silu(gate.to(tl.float32))
-        tl.store(y + r[:, None] * DV + d[None, :], v.to(tl.bfloat16), mask=inside)
+        if NARROW:
+            codes, scale = narrowed(rounded(v), BR, DV, DV)
+            tl.store(y + r[:, None] * DV + d[None, :], codes, mask=inside)
+            tl.store(ys + r, tl.reshape(scale, (BR,)), mask=r < rows)
+        else:
+            tl.store(y + r[:, None] * DV + d[None, :], v.to(tl.bfloat16), mask=inside)

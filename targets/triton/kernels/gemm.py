@@ -5,16 +5,7 @@ scales are applied to the f32 sums after every 128 columns; else e4m3 weights ar
 import triton
 import triton.language as tl
 
-from qcn_compile.targets.triton.kernels.common import begin, to_f32, true_rows
-
-
-@triton.jit
-def narrowed(v, BR: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr):
-    """f32 [BR, BK] as e4m3 and its scales [BR, BK/GROUP]: the largest of a group becomes 448."""
-    groups = tl.reshape(v, (BR, BK // GROUP, GROUP))
-    most = tl.maximum(tl.max(tl.abs(groups), 2), 1e-12)
-    codes = (groups * (448.0 / most)[:, :, None]).to(tl.float8e4nv)
-    return tl.reshape(codes, (BR, BK)), most * (1.0 / 448.0)
+from qcn_compile.targets.triton.kernels.common import begin, narrowed, to_f32, true_rows
 
 
 @triton.jit

@@ -9,8 +9,8 @@ h [tiles * TILE, F] is in sorted order, o [pairs, H] in the order of the pairs.
 import triton
 import triton.language as tl
 
-from qcn_compile.targets.triton.kernels.common import begin, silu
-from qcn_compile.targets.triton.kernels.gemm import columns, narrowed, tile_sum, weight_scale
+from qcn_compile.targets.triton.kernels.common import begin, narrowed, silu
+from qcn_compile.targets.triton.kernels.gemm import columns, tile_sum, weight_scale
 
 
 @triton.jit

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from qcn_compile.targets.triton.kernels.common import begin, silu, true_rows
+from qcn_compile.targets.triton.kernels.common import begin, narrowed, rounded, silu, true_rows
 
 
 @triton.jit
@@ -38,10 +38,11 @@ def gather_rows(x, rows, y, counts, D: tl.constexpr, BD: tl.constexpr, SX: tl.co
 
 
 @triton.jit
-def rms_norm(x, r, w, z, total, y, counts, ROWS: tl.constexpr, TIMES: tl.constexpr, HEADS: tl.constexpr,
+def rms_norm(x, r, w, z, total, y, q, qs, counts, ROWS: tl.constexpr, TIMES: tl.constexpr, HEADS: tl.constexpr,
              D: tl.constexpr, BD: tl.constexpr, SX: tl.constexpr, SR: tl.constexpr, SZ: tl.constexpr,
-             EPS: tl.constexpr, ADD: tl.constexpr, GATE: tl.constexpr, PDL: tl.constexpr):
-    """y = norm(x (+ r)) * w (* silu(z)); with ADD the sum is stored too. Grid (rows * HEADS), D elements each."""
+             EPS: tl.constexpr, ADD: tl.constexpr, GATE: tl.constexpr, NARROW: tl.constexpr, PDL: tl.constexpr):
+    """y = norm(x (+ r)) * w (* silu(z)); with ADD the sum is stored too, with NARROW y in e4m3 too (q, and scales qs of
+    128 columns each). Grid (rows * HEADS), D elements each."""
     p = tl.program_id(0)
     row, head = p // HEADS, p % HEADS
     d = tl.arange(0, BD)
@@ -59,6 +60,11 @@ def rms_norm(x, r, w, z, total, y, counts, ROWS: tl.constexpr, TIMES: tl.constex
         if GATE:
             out *= silu(tl.load(z + row * SZ + head * D + d, mask=inside, other=0.0).to(tl.float32))
         tl.store(y + p * D + d, out.to(tl.bfloat16), mask=inside)
+        if NARROW:
+            codes, scale = narrowed(tl.reshape(rounded(out), (1, BD)), 1, BD, 128)
+            group = tl.arange(0, BD // 128)
+            tl.store(q + p * D + d, tl.reshape(codes, (BD,)), mask=inside)
+            tl.store(qs + p * (D // 128) + group, tl.reshape(scale, (BD // 128,)), mask=group < D // 128)
 
 
 @triton.jit

@@ -5,18 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from qcn_compile.targets.base import Call
-from qcn_compile.targets.triton.lowering import linear, mixer, moe, rows, sample
+from qcn_compile.targets.triton.lowering import gemm, linear, mixer, moe, rows, sample
 from qcn_compile.targets.triton.lowering.site import Site
 
 UNARY = ("neg", "exp", "sigmoid", "silu", "softplus", "rsqrt", "add_scalar", "mul_scalar", "cast")
 BINARY = ("add", "mul", "sub", "div", "silu_mul", "mul_sigmoid")
 LOWERINGS: dict[str, Callable[[Site], list[Call]]] = {
     **dict.fromkeys(UNARY, rows.unary), **dict.fromkeys(BINARY, rows.binary),
-    "rms_norm": rows.norm, "add_rms_norm": rows.norm, "gated_rms_norm": rows.norm,
+    "rms_norm": rows.norm, "narrow_rms_norm": rows.norm, "add_rms_norm": rows.norm, "gated_rms_norm": rows.norm,
     "concat": rows.concat, "gather_rows": rows.gather_rows, "embedding": rows.embedding,
-    "linear": linear.linear, "linear_add": linear.linear,
+    "linear": linear.linear, "linear_add": linear.linear, "narrow_linear": gemm.narrow_linear,
     "norm_linear": linear.norm_linear, "norm_linear_pair": linear.norm_linear_pair,
     "moe_route": moe.route, "moe_experts": moe.experts, "moe_add": moe.experts,
+    "narrow_experts": moe.experts, "narrow_attention": mixer.paged_attention, "narrow_delta_net": mixer.delta_net,
     "rope_table": mixer.rope_table, "rope_append": mixer.rope_append, "paged_attention": mixer.paged_attention,
     "delta_net": mixer.delta_net, "sample": sample.sample,
 }

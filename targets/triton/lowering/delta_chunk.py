@@ -11,7 +11,8 @@ from qcn_compile.targets.triton.lowering.site import (
     call,
     cdiv,
     inner,
-    result,
+    result_kind,
+    results,
     scratch,
     state,
 )
@@ -40,5 +41,5 @@ def chunked(site: Site, sizes: dict[str, Param], conv: dict[str, Param], gates: 
         call("delta_scan", [site.ref(0), mixed, norms, w, u, p, fade, state("conv"), state("delta"), o, *SPANS],
              (hv, cdiv(dv, column), site.bucket.sequences), BV=column, CH=CHUNK, PIPE=3, WARPS=4,
              **sizes, **conv),
-        call("delta_norm", [o, site.ref(7), site.ref(1), result(), COUNTS], (cdiv(tokens * hv, rows),), HV=hv, DV=dv,
-             BR=rows, SZ=site.stride(1), EPS=site.real("eps"), WARPS=4)]
+        call("delta_norm", [o, site.ref(7), site.ref(1), *results(site), COUNTS], (cdiv(tokens * hv, rows),), HV=hv,
+             DV=dv, BR=rows, SZ=site.stride(1), EPS=site.real("eps"), WARPS=4, **result_kind(site))]

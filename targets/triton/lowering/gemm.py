@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from qcn_compile.ir.encoding import Encoding
 from qcn_compile.targets.base import Call, Param, Ref
-from qcn_compile.targets.triton.lowering.site import COUNTS, Site, call, cdiv, power, scratch
+from qcn_compile.targets.triton.lowering.site import COUNTS, Site, call, cdiv, power, result, scratch
 
 CORES = 132  # multiprocessors of the cards these tiles were measured on
 
@@ -26,6 +26,18 @@ def quantized(site: Site, index: int) -> tuple[list[Call], list[Ref]]:
     rows, wide = 4, min(power(k, 128), 2048)
     return [call("quantize_rows", [site.ref(index), codes, scales, COUNTS], (cdiv(tokens, rows), cdiv(k, wide)), K=k,
                  BK=wide, BR=rows, SX=site.stride(index), WARPS=4, **site.rows(x.shape))], [codes, scales]
+
+
+def narrow_linear(site: Site) -> list[Call]:
+    """narrow_linear(codes, scales, w, r?)."""
+    _, weight = site.matrix(2)
+    n, k = (int(d) for d in site.operand(2).type.shape)  # type: ignore[arg-type]
+    tokens, add = site.capacity(site.operand(0).type.shape), site.has(3)
+    shape = tiles(tokens, n, True)
+    args = [site.ref(0), site.ref(1), *weight, *([site.ref(3)] if add else []), result(), COUNTS]
+    return [call("gemm", args, (cdiv(n, int(shape["BN"])) * _padded(tokens, shape),), N=n, K=k, SX=site.stride(0),
+                 SR=site.stride(3) if add else 0, ADD=add, BIAS=False, ADDEND=add, R="bf16", SCALED=True, W="fp8",
+                 X="fp8", NARROW=True, **site.rows(site.operand(0).type.shape), **shape)]
 
 
 def gemm(site: Site, encoding: Encoding, weight: list[Ref], rest: list[Ref], params: dict[str, Param]) -> list[Call]:

@@ -14,6 +14,8 @@ from qcn_compile.targets.triton.lowering.site import (
     inner,
     power,
     result,
+    result_kind,
+    results,
     scratch,
     state,
 )
@@ -76,9 +78,9 @@ def paged_attention(site: Site) -> list[Call]:
     group = power(heads // kv_heads)
     if site.bucket.sequences < site.bucket.tokens:  # prompts share their keys among many tokens
         block = max(1, ROWS // group)
-        return [call("attention_prefill", [site.ref(0), *gate, result(), *pages, *BATCH],
+        return [call("attention_prefill", [site.ref(0), *gate, *results(site), *pages, *BATCH],
                      (cdiv(tokens, block), kv_heads), BT=block, BG=group, BS=KEYS, PIPE=2, WARPS=8, **shared, **gated,
-                     **caches)]
+                     **caches, **result_kind(site))]
     splits = SPLITS if site.decode else FEW
     part = scratch("part", tokens * heads * splits * dim, "f32")
     score = scratch("score", tokens * heads * splits, "f32")
@@ -86,8 +88,8 @@ def paged_attention(site: Site) -> list[Call]:
         call("attention_split", [site.ref(0), part, score, *pages, *BATCH], (tokens, kv_heads, splits),
              BG=max(16, group), BS=KEYS if dim <= 128 else KEYS // 2, SPLITS=splits, WARPS=8, STAGES=2, **shared,
              **caches),
-        call("attention_combine", [part, score, *gate, result(), COUNTS], (tokens, heads), SPLITS=splits, WARPS=8,
-             **shared, **gated)]
+        call("attention_combine", [part, score, *gate, *results(site), COUNTS], (tokens, heads), SPLITS=splits, WARPS=8,
+             **shared, **gated, **result_kind(site))]
 
 
 def delta_net(site: Site) -> list[Call]:
@@ -105,11 +107,13 @@ def delta_net(site: Site) -> list[Call]:
     gates: dict[str, Param] = {"SB": site.stride(2), "SA": site.stride(3)}
     if site.bucket.sequences == site.bucket.tokens:
         args = [*(site.ref(i) for i in range(4)), weights, *(site.ref(i) for i in (5, 6, 7)), state("conv"),
-                state("delta"), result(), *SPANS]
+                state("delta"), *results(site), *SPANS]
         if site.bucket.tokens == 1:
             return [call("delta_one", args[:-4] + args[-3:], (hv,), **sizes, TAPS=taps, RING=site.ring,
                          EPS=site.real("eps"), WARPS=4)]
-        family, heads = ("delta_step", hv) if site.decode else ("delta_batch", int(sizes["HK"]))
-        return [call(family, args, (heads, site.bucket.sequences), **sizes, **conv, **gates, SZ=site.stride(1),
-                     EPS=site.real("eps"), WARPS=4)]
+        gates |= {"SZ": site.stride(1), "EPS": site.real("eps")}
+        if site.decode:
+            return [call("delta_step", args, (hv, site.bucket.sequences), **sizes, **conv, **gates, WARPS=4)]
+        return [call("delta_batch", args, (int(sizes["HK"]), site.bucket.sequences), **sizes, **conv, **gates, WARPS=4,
+                     **result_kind(site))]
     return chunked(site, sizes, conv, gates, weights)

@@ -17,19 +17,21 @@ def route(site: Site) -> list[Call]:
 
 
 def experts(site: Site) -> list[Call]:
-    """moe_experts(x, ids, weights, gate_up, down) and moe_add with r after them."""
+    """moe_experts(x, ids, weights, gate_up, down) and moe_add with r after them; narrow_experts with x as two."""
     if site.op.attrs["activation"] != "silu":
         raise site.fail(f"expert activation {site.op.attrs['activation']!r}", "only silu has a kernel")
+    if site.narrowing:
+        return sorted_experts(site, _sizes(site, 1), _weights(site, 4), _weights(site, 5))
     site.activation(0)
     if site.decode:
         return _pairs(site)
     return sorted_experts(site, _sizes(site), _weights(site, 3), _weights(site, 4))
 
 
-def _sizes(site: Site) -> tuple[int, int, int, int, int]:
-    """(tokens, slots, experts, hidden, inner)."""
-    count, hidden, inner = (int(d) for d in site.operand(4).type.shape)  # type: ignore[arg-type]
-    slots = int(site.operand(1).type.shape[1])  # type: ignore[arg-type]
+def _sizes(site: Site, extra: int = 0) -> tuple[int, int, int, int, int]:
+    """(tokens, slots, experts, hidden, inner); `extra` operands before the usual ones."""
+    count, hidden, inner = (int(d) for d in site.operand(4 + extra).type.shape)  # type: ignore[arg-type]
+    slots = int(site.operand(1 + extra).type.shape[1])  # type: ignore[arg-type]
     return site.capacity(site.operand(0).type.shape), slots, count, hidden, inner
 
 

@@ -36,20 +36,22 @@ def sort(ids: Ref, pairs: int, slots: int, count: int, size: int) -> tuple[list[
 
 def sorted_experts(site: Site, shape: tuple[int, int, int, int, int], up: tuple[list[Ref], dict[str, Param]],
                    down: tuple[list[Ref], dict[str, Param]]) -> list[Call]:
-    """moe_experts and moe_add. `shape` tokens, slots, experts, hidden, inner; `up`, `down` weights and their kind."""
+    """moe_experts, moe_add and narrow_experts. `shape` tokens, slots, experts, hidden, inner; `up`, `down` weights and
+    their kind."""
     tokens, slots, count, hidden, inner = shape
     pairs = tokens * slots
     size = tile(pairs, count)
-    ids, weights = Ref("operand", index=1), Ref("operand", index=2)
+    extra = int(site.narrowing)  # x is two operands
+    ids, weights = Ref("operand", index=1 + extra), Ref("operand", index=2 + extra)
     before, made, most = sort(ids, pairs, slots, count, size)
     narrow = site.narrow and bool(up[1]["SCALED"])
-    first, x = quantized(site, 0) if narrow else ([], [site.ref(0)])
+    first, x = ([], [site.ref(i) for i in range(1 + extra)]) if site.narrowing or not narrow else quantized(site, 0)
     places, block = most * size, min(128, power(inner, 16))
     h = [scratch("h", places * inner, "fp8" if narrow else "bf16")]
     if narrow:
         h.append(scratch("hs", cdiv(inner, block) * places, "f32"))
     o, tiled = scratch("o", pairs * hidden, "bf16"), list(made.values())
-    add = site.op.name == "moe_add"
+    add = site.has(5 + extra)
     few = size <= 32
     shared: dict[str, Param] = {"EXPERTS": count, "H": hidden, "F": inner, "TILE": size, "NARROW": narrow,
                                 "SWAP": few, "X": "fp8" if narrow else "bf16"}
@@ -60,6 +62,6 @@ def sorted_experts(site: Site, shape: tuple[int, int, int, int, int], up: tuple[
              STAGES=3, TWICE=not few, **shared, **up[1]),
         call("moe_down_tiles", [*h, *tiled, *down[0], o, COUNTS], (most * cdiv(hidden, 128),), BH=128,
              BK=block if narrow else 64, WARPS=4 if few else 8, STAGES=3, **shared, **down[1]),
-        call("moe_combine", [o, weights, *([site.ref(5)] if add else []), result(), COUNTS],
+        call("moe_combine", [o, weights, *([site.ref(5 + extra)] if add else []), result(), COUNTS],
              (tokens, cdiv(hidden, 1024)), SLOTS=slots, H=hidden, BH=min(1024, power(hidden)),
-             SR=site.stride(5) if add else 0, ADD=add)]
+             SR=site.stride(5 + extra) if add else 0, ADD=add)]

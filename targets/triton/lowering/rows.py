@@ -63,17 +63,19 @@ def _form(site: Site, index: int, x: TensorType, y: TensorType) -> tuple[int, in
 
 
 def norm(site: Site) -> list[Call]:
-    """rms_norm(x, w), add_rms_norm(x, r, w) and gated_rms_norm(x, z, w)."""
+    """rms_norm(x, w), narrow_rms_norm, add_rms_norm(x, r, w) and gated_rms_norm(x, z, w)."""
     x = site.activation(0)
     width = int(x.shape[-1])  # type: ignore[arg-type]
     heads = inner(x.shape) // width
     add, gate = site.op.name == "add_rms_norm", site.op.name == "gated_rms_norm"
     weight = 2 if add or gate else 1
+    codes = [result(1), result(2)] if site.narrowing else []
     args = [site.ref(0), *([site.ref(1)] if add else []), site.ref(weight), *([site.ref(1)] if gate else []),
-            *([result(0)] if add else []), result(1 if add else 0), COUNTS]
+            *([result(0)] if add else []), result(1 if add else 0), *codes, COUNTS]
     return [call("rms_norm", args, (site.capacity(x.shape) * heads,), HEADS=heads, D=width, BD=power(width),
                  SX=site.stride(0), SR=site.stride(1) if add else 0, SZ=site.stride(1) if gate else 0,
-                 EPS=site.real("eps"), ADD=add, GATE=gate, WARPS=_warps(width), **site.rows(x.shape))]
+                 EPS=site.real("eps"), ADD=add, GATE=gate, NARROW=site.narrowing, WARPS=_warps(width),
+                 **site.rows(x.shape))]
 
 
 def concat(site: Site) -> list[Call]:

@@ -11,8 +11,8 @@ from qcn_compile.targets.base import Call, Kernel, Param, Ref
 from qcn_compile.targets.site import BATCH, COUNTS, SPANS, BaseSite, inner, result, state
 from qcn_compile.targets.triton.families import ITEMSIZE
 
-__all__ = ["BATCH", "COUNTS", "SPANS", "TOKEN_SEQ", "Site", "call", "cdiv", "inner", "power", "result", "scratch",
-           "state"]
+__all__ = ["BATCH", "COUNTS", "SPANS", "TOKEN_SEQ", "Site", "call", "cdiv", "inner", "power", "result", "result_kind",
+           "results", "scratch", "state"]
 TOKEN_SEQ = Ref("input", name="token_seq")
 COUNT = {"T": 0, "S": 1, "R": 2}
 
@@ -37,12 +37,27 @@ def call(family: str, args: Sequence[Ref], grid: Sequence[int], **params: Param)
     return Call(Kernel.make(family, **params), tuple(args), tuple(grid))
 
 
+def results(site: Site) -> list[Ref]:
+    """The buffers of an activation that a kernel makes: bf16, or codes and scales."""
+    return [result(0), result(1)] if site.narrowing else [result(0)]
+
+
+def result_kind(site: Site) -> dict[str, Param]:
+    """What a kernel is told of its `results`."""
+    return {"Y": "fp8" if site.narrowing else "bf16", "NARROW": site.narrowing}
+
+
 @dataclass(frozen=True)
 class Site(BaseSite):
     """One op to lower, with what the target knows of its operands and of the card."""
 
     ring: int
     narrow: bool  # the card multiplies e4m3
+
+    @property
+    def narrowing(self) -> bool:
+        """Whether the op takes or gives codes and scales in place of a bf16 activation (`narrow.py`)."""
+        return self.op.name.startswith("narrow_")
 
     def activation(self, index: int) -> TensorType:
         """The type of a bf16 operand."""

@@ -298,6 +298,8 @@ class Trial:
         line = line[:int(np.prod(shape)) * type_.dtype.bits // 8]
         if type_.dtype is DType.bf16:
             return from_bf16(line.view(np.uint16)).reshape(shape)
+        if type_.dtype is DType.f8e4m3:
+            return torch.from_numpy(line.copy()).view(torch.float8_e4m3fn).float().numpy().reshape(shape)
         return line.view(np.int32 if type_.dtype is DType.i32 else np.float32).reshape(shape)
 
     def caches_after(self, after: dict[str, np.ndarray]) -> list[tuple[str, np.ndarray, np.ndarray]]:
