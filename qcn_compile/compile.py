@@ -139,7 +139,7 @@ def _front(model: str | Path | None, target: str, options: Options, clock: Clock
     located = locate(None if model is None else str(model), "cpu" if chosen.kind == "null" else chosen.kind)
     with clock.stage("trace"):
         tell("trace", 0, 1)
-        traced = trace_model(located, DType(chosen.dtype))
+        traced = trace_model(located, DType(chosen.dtype), options.mtp and options.weights == "dummy")
         tell("trace", 1, 1)
     return chosen, located, traced, decide(traced, chosen, options.dtype, options.quant, options.activations,
                                            options.context_length)

@@ -46,6 +46,7 @@ class Plans:
                        key=lambda plan: (plan.tokens, plan.sequences, plan.rows))
         self._plans = [plan for plan in plans if plan.entry == "main"]
         self._draft_plans = [plan for plan in plans if plan.entry == "mtp"]
+        self._every = [*self._plans, *self._draft_plans]
         if not self._plans:
             raise ArtifactError(f"{build} has no plan of the entry main; build again with qcn-compile")
         self._memory, self._vocab = memory, manifest.vocab_size
@@ -154,9 +155,14 @@ class Executable(Plans):
     def draft(self, spans: Sequence[Span], hidden: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """One step of the draft head: tokens, and the hidden states f32 [T, hidden] of those before them.
 
-        Returns the wanted rows' logits, f32 [R, vocab], and all hidden states, valid until the next step. Raises as
+        Returns the wanted rows' likeliest tokens, i32 [R], and all hidden states, valid until the next step. Raises as
         `run`.
         """
+        logits, after = self.draft_logits(spans, hidden)
+        return logits.argmax(-1).astype(np.int32), after
+
+    def draft_logits(self, spans: Sequence[Span], hidden: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The same with logits, f32 [R, vocab]."""
         self._hidden_in[:len(hidden)] = hidden
         return self._step(spans, self._draft_plans)[:, :self._vocab], self.hidden()
 

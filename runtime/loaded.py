@@ -268,14 +268,11 @@ def _speculation(options: SpeculationOptions | None, memory: MemoryPlan,
                  executable: Executable | CudaExecutable) -> Speculation | None:
     if options is None:
         return None
-    if options.algorithm == MTP and not isinstance(executable, Executable):
-        raise UsageError("--speculative-algorithm mtp: not built yet for GPU builds; use ngram")
     if options.algorithm == MTP and not executable.draft_capacities:
         raise UsageError("--speculative-algorithm mtp: this build has no MTP head. If its checkpoint has one "
                          "(Qwen3-Next-80B-A3B has, Qwen3-Coder-Next ships none), build again with qcn-compile --mtp; "
                          "otherwise use --speculative-algorithm ngram")
-    mtp = options.algorithm == MTP and isinstance(executable, Executable)
-    drafter = MtpDrafter(executable) if mtp else LookupDrafter()  # type: ignore[arg-type]
+    drafter = MtpDrafter(executable) if options.algorithm == MTP else LookupDrafter()
     return Speculation(executable.rows, memory.slots + memory.snapshots, options.count, drafter)
 
 

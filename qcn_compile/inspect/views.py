@@ -71,9 +71,9 @@ def device(build: Build, context_length: int | None, sequences: int) -> dict[str
     """Device bytes of a loaded GPU build that holds so many whole contexts. Raises UsageError for another target."""
     if build.manifest.target.get("kind") != "gpu":
         raise UsageError(f"{build.path} is for {build.manifest.target['name']}, not for a GPU; see qcn-inspect memory")
-    plans = [plan for plan in build.plans if plan.entry == "main"]
     memory = plan_memory(build.manifest, context_length, sequences, 1 << 60)
-    return {"bytes": footprint(build.path, build.manifest, plans, memory), "reserve": RESERVE, "caches": str(memory)}
+    taken = footprint(build.path, build.manifest, build.plans, memory)
+    return {"bytes": taken, "reserve": RESERVE, "caches": str(memory)}
 
 
 def decisions(build: Build) -> dict[str, Any]:

@@ -28,10 +28,17 @@ def fixed_bytes(build: Path, manifest: Manifest, plans: Sequence[Plan], context_
     """The same without caches, which take what is left."""
     width = -(-context_length // manifest.page_size)
     rows = max(plan.rows for plan in plans)
+    drafting = {"draft inputs": size} if (size := hidden_bytes(plans, manifest.hidden_size)) else {}
     return {"weights": total_bytes(build, manifest.weights),
             "workspace": max(plan.workspace_bytes for plan in plans),
             "inputs": max(offsets(plan, width)["end"] for plan in plans),
-            "sampling": sum(array_bytes(manifest.vocab_size, slots, rows).values())}
+            "sampling": sum(array_bytes(manifest.vocab_size, slots, rows).values()), **drafting}
+
+
+def hidden_bytes(plans: Sequence[Plan], width: int) -> int:
+    """Bytes of the hidden states that the draft head reads, in bf16; 0 without a head."""
+    tokens = max((plan.tokens for plan in plans if plan.entry == "mtp"), default=0)
+    return -(-2 * width * tokens // LINE) * LINE
 
 
 def cache_groups(manifest: Manifest) -> dict[tuple[bool, int], list[tuple[str, str]]]:

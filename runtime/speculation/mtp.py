@@ -21,11 +21,12 @@ class DraftHead(Protocol):
     def draft_capacities(self) -> Sequence[Capacity]: ...
 
     def hidden(self) -> np.ndarray:
-        """Hidden states of the last main step, f32 [T, hidden], valid until the next step of any kind."""
+        """Hidden states of the last main step, [T, hidden] as the head reads them, valid until the next step of any
+        kind."""
         ...
 
     def draft(self, spans: Sequence[Span], hidden: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Logits of the wanted rows, f32 [R, vocab], and all hidden states, f32 [T, hidden]; valid until the next."""
+        """Likeliest tokens of the wanted rows, i32 [R], and all hidden states [T, hidden]; valid until the next."""
         ...
 
 
@@ -122,9 +123,9 @@ class MtpDrafter:
             states.append(rows)
         hidden = np.concatenate(states)
         for position in range(max(asks[i][1] for i in group)):
-            logits, after = self._head.draft(spans, hidden)
-            for i, row in zip(group, logits, strict=True):
-                found[i].append(int(row.argmax()))
+            tokens, after = self._head.draft(spans, hidden)
+            for i, token in zip(group, tokens, strict=True):
+                found[i].append(int(token))
             ends = np.cumsum([len(span.tokens) for span in spans]) - 1
             going = [n for n, i in enumerate(group) if asks[i][1] > position + 1]
             hidden, group = after[ends[going]], [group[n] for n in going]

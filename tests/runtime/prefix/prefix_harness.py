@@ -94,7 +94,7 @@ class HashingHead(Hashing):
                     rows.append(row_of(after[-1]))
             pairs = self.pairs[span.pages].reshape(-1, 2)[:span.context + len(span.tokens)].tolist()
             self.breaks += sum(roll(*old) != new[0] for old, new in pairwise(pairs))
-        return np.array(rows, np.float32).reshape(len(rows), VOCAB), np.array(after, np.int64).reshape(-1, 1)
+        return np.array(rows).reshape(len(rows), VOCAB).argmax(-1), np.array(after, np.int64).reshape(-1, 1)
 
 
 def policy(**fields):
