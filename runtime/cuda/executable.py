@@ -26,7 +26,7 @@ from qcn_compile.runtime.cuda.hidden import HiddenStates
 from qcn_compile.runtime.cuda.rows import CudaRows, Group
 from qcn_compile.runtime.cuda.sampling import WIDTH, SlotArrays, write_choice, write_likeliest
 from qcn_compile.runtime.cuda.stage import Stage
-from qcn_compile.runtime.cuda.weights import DeviceWeights
+from qcn_compile.runtime.cuda.weights import DeviceWeights, look_ups
 from qcn_compile.runtime.executable import Plans
 from qcn_compile.runtime.memory import MemoryPlan, plan_memory
 from qcn_compile.runtime.prefix.options import PrefixOptions
@@ -37,23 +37,26 @@ KERNELS = "kernels"
 
 def open_cuda(build: Path, manifest: Manifest, context_length: int | None, max_running: int, budget: int | None,
               model: Path | None = None, report: Report | None = None, prefix: PrefixOptions | None = None,
-              speculate: bool = False) -> tuple[CudaDevice, CudaExecutable, MemoryPlan]:
+              speculate: bool = False, embedding_on_host: bool = False
+              ) -> tuple[CudaDevice, CudaExecutable, MemoryPlan]:
     """The first visible GPU with a build loaded. `budget` bytes for caches; None: what the weights leave.
+    embedding_on_host: the table of tokens in pinned host memory, its rows read over the bus.
 
     Raises ArtifactError for another card's build, CapacityError when the weights or one context do not fit.
     """
     device = CudaDevice(manifest.target)
     try:
         plans = [read_plan(build, name) for name in manifest.plans]
+        on_host = look_ups(plans) if embedding_on_host else frozenset()
         fixed = RESERVE + sum(fixed_bytes(build, manifest, plans, context_length or manifest.context_length,
-                                          max_running).values())
+                                          max_running, on_host).values())
         free = device.free_bytes()
         if fixed > free:
             raise CapacityError(f"{device.name} has {free / 1e9:.1f} GB free, weights and workspace need "
                                 f"{fixed / 1e9:.1f} GB; end other programs that use it, or build with --quant fp8")
         memory = plan_memory(manifest, context_length, max_running, min(budget or free, free - fixed), prefix,
                              speculate)
-        weights = DeviceWeights(build, manifest.weights, device, model, report)
+        weights = DeviceWeights(build, manifest.weights, device, model, report, on_host)
         return device, CudaExecutable(build, manifest, device, weights, memory), memory
     except Exception:
         device.close()
@@ -84,7 +87,8 @@ class CudaExecutable(Plans):
                  memory: MemoryPlan) -> None:
         super().__init__(build, manifest, memory)
         self._device, self._weights = device, weights
-        self.footprint = footprint(build, manifest, self._every, memory)
+        self.host_weight_bytes = weights.host_bytes
+        self.footprint = footprint(build, manifest, self._every, memory, weights.on_host)
         self._base = device.allocate(self.workspace_bytes)
         self._allocate_caches(manifest)
         self._stages = [Stage(device, self._every, -(-memory.context_length // memory.page_size)) for _ in range(2)]
