@@ -98,6 +98,7 @@ def main() -> None:
         long(args.model)
     if "tiny" in args.parts:
         compile(args.model, args.target, OUT / "tiny-mtp", quant="none", weights="late", mtp=True, force=True)
+        compile(args.model, args.target, OUT / "tiny-kv8", quant="none", weights="late", kv="fp8", force=True)
         for quant in ("none", "fp8"):
             compile(args.model, args.target, OUT / f"tiny-{quant}", quant=quant, weights="late", force=True)
     if "full" in args.parts:

@@ -132,6 +132,32 @@ def test_long_greedy_texts_are_transformers(plain: Any) -> None:
     assert not ties.wrong and ties.same >= len(rows) // 2
 
 
+@small
+@pytest.mark.parametrize(("name", "limit"), [("tiny-kv8", 0.1)])
+def test_narrow_caches_give_close_logits(plain: Any, name: str, limit: float) -> None:
+    """Caches in other formats than bf16 keys and values and f32 states: logits of long texts, whole and in steps."""
+    from qcn_compile import load
+
+    if not (BUILDS / name).is_dir():
+        pytest.skip(f"no build {name}")
+    texts = [[*row["prompt"], *row["new"]] for row in json.loads((BUILDS / "long.json").read_text())[:8]]
+    errors, top = [], []
+    with load(BUILDS / name, model=MODEL, max_running_requests=4) as narrow:
+        say(f"{name}: {narrow.memory}")
+        for ids in texts:
+            want, got = plain.logits(ids), narrow.logits(ids)
+            errors.append(float(np.linalg.norm(got - want) / np.linalg.norm(want)))
+            top.append(float((got.argmax(-1) == want.argmax(-1)).mean()))
+        ids = texts[0][:100]
+        steps = np.concatenate([narrow.step([("x", ids[i:i + 1])])[0] for i in range(len(ids))])
+        narrow.release("x")
+        whole = narrow.logits(ids)
+        apart = float(np.linalg.norm(steps - whole) / np.linalg.norm(whole))
+        assert narrow.memory.kv_bytes < plain.memory.kv_bytes or "kv8" not in name
+    say(f"{name}: logits L2 {max(errors):.3f} worst, top-1 {np.mean(top):.4f}, steps against whole {apart:.3f}")
+    assert max(errors) < limit and np.mean(top) > 0.95 and apart < limit
+
+
 GUARD, PAINT, POISON = 4096, 0xA5, 0xFF
 
 

@@ -125,19 +125,22 @@ def attentions() -> list[Trialled]:
     table.op("rope_table", [table.input("positions", "i32[T]", ints=(0, 5000)), table.weight("f", (9,), scale=1.0)],
              scaling=1.25)
     found = [(table, MANY[:1])]
-    for bucket, (hq, hkv, dim, half, norms, gate) in ((DECODE_1, (4, 2, 32, 4, True, True)),
-                                                      (DECODE_8, (6, 1, 16, 8, False, False)),
-                                                      (DECODE_8, (4, 2, 32, 4, True, True)),
-                                                      (PREFILL, (4, 2, 32, 4, True, True)),
-                                                      (PREFILL, (3, 3, 24, 5, True, False))):
-        case = Case(f"attention {hq}/{hkv} of {dim} {bucket.name}", bucket)
-        kv = case.state("kv", StateKind.kv, DType.bf16, (hkv, dim))
+    sizes = ((DECODE_1, (4, 2, 32, 4, True, True)), (DECODE_8, (6, 1, 16, 8, False, False)),
+             (DECODE_8, (4, 2, 32, 4, True, True)), (PREFILL, (4, 2, 32, 4, True, True)),
+             (PREFILL, (3, 3, 24, 5, True, False)))
+    stored = [*((DType.bf16, *size) for size in sizes), *((DType.f8e4m3, *sizes[i]) for i in (0, 2, 3))]
+    for dtype, bucket, (hq, hkv, dim, half, norms, gate) in stored:
+        narrow = dtype is DType.f8e4m3
+        case = Case(f"attention {hq}/{hkv} of {dim} {'fp8 cache ' * narrow}{bucket.name}", bucket,
+                    tolerance=0.03 if narrow else 6e-3)  # a value between two codes may take either
+        kv = case.state("kv", StateKind.kv, dtype, (hkv, dim))
+        more = {"stored": dtype.value} if narrow else {}
         q, k, v = (case.input(n, f"bf16[T,{h},{dim}]", more=8) for n, h in (("q", hq), ("k", hkv), ("v", hkv)))
         norm = [case.weight("q_w", (dim,), scale=1.0), case.weight("k_w", (dim,), scale=1.0)] if norms else [None, None]
         cos, sin = case.input("cos", f"f32[T,{half}]"), case.input("sin", f"f32[T,{half}]")
-        query = case.op("rope_append", [q, k, v, *norm, cos, sin, case.batch], eps=1e-6, state=kv)
+        query = case.op("rope_append", [q, k, v, *norm, cos, sin, case.batch], eps=1e-6, state=kv, **more)
         g = case.input("g", f"bf16[T,{hq * dim}]", more=8) if gate else None
-        case.op("paged_attention", [query, g, case.batch], scale=dim ** -0.5, state=kv)
+        case.op("paged_attention", [query, g, case.batch], scale=dim ** -0.5, state=kv, **more)
         found.append((case, BATCHES[bucket.name]))
     return found
 
