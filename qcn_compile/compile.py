@@ -211,7 +211,7 @@ def _write(output: Path, build: Path, traced: Traced, target: Target, decision: 
 def _write_weights(output: Path, build: Path, traced: Traced, target: Target, names: dict[BlobKey, str], mode: str,
                    tell: Report) -> tuple[dict[str, Any], dict[str, str]]:
     """The weight files, or what stands in for them; returns the manifest's `weights`, and file -> sha256."""
-    later, now = deferred(names, target, mode)
+    later, now = deferred(names, target, mode, traced.weights.draft_names if traced.weights else None)
     files = plan_files(now, target)
     source, origin = (traced.weights, traced.weights.fingerprint()) if traced.weights else (NoWeights(), "")
     with resumable(output, key_of(files, target, origin)) as folder:

@@ -95,11 +95,14 @@ class Plans:
         """The last step's inputs name only tokens, pages and slots that exist."""
         arrays = self._inputs.arrays
         tokens, sequences, rows, width = (int(n) for n in arrays["counts"])
-        limits = {"tokens": (tokens, self._vocab), "slots": (sequences, self._memory.slots), "rows": (rows, tokens),
-                  "block_table": (sequences * width, self._memory.pages)}
-        for name, (count, limit) in limits.items():
-            used, least = arrays[name][:count], self.least_token if name == "tokens" else 0
-            if count and (used.min() < least or used.max() >= limit):
+        limits = {"tokens": (tokens, self._vocab), "slots": (sequences, self._memory.slots), "rows": (rows, tokens)}
+        ends = arrays["context_lens"][:sequences] + np.diff(arrays["cu_seqlens"][:sequences + 1])
+        filled = np.arange(width) < -(-ends[:, None] // self._memory.page_size)
+        checks = [(name, arrays[name][:count], limit) for name, (count, limit) in limits.items()]
+        table = arrays["block_table"][:sequences * width].reshape(sequences, width)[filled]
+        for name, used, limit in [*checks, ("block_table", table, self._memory.pages)]:
+            least = self.least_token if name == "tokens" else 0
+            if len(used) and (used.min() < least or used.max() >= limit):
                 raise AssertionError(f"input {name} names {used.min()}..{used.max()}, outside {least}..{limit - 1}")
 
     def _pointer(self, arg: Arg, plan: Plan) -> int:
