@@ -17,6 +17,7 @@ from qcn_compile.runtime.memory import MemoryPlan, page_part_bytes
 from qcn_compile.runtime.prefix.rows import CacheRows
 from qcn_compile.runtime.profile import Profile
 from qcn_compile.runtime.routing import Routing
+from qcn_compile.runtime.speculation.chain import in_turn
 from qcn_compile.runtime.weights import Weights
 
 
@@ -155,17 +156,19 @@ class Executable(Plans):
         """Hidden states of the last step, f32 [T, hidden], valid until the next."""
         return self._output("hidden", int(self._inputs.arrays["counts"][0]))
 
-    def draft(self, spans: Sequence[Span], hidden: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """One step of the draft head: tokens, and the hidden states f32 [T, hidden] of those before them.
+    def draft(self, spans: Sequence[Span], hidden: np.ndarray, rounds: int = 1) -> np.ndarray:
+        """Rounds of the draft head from tokens and the hidden states f32 [T, hidden] of those before them.
 
-        Returns the wanted rows' likeliest tokens, i32 [R], and all hidden states, valid until the next step. Raises as
-        `run`.
+        Returns the wanted rows' likeliest tokens, i32 [rounds, R]. Raises as `run`.
         """
-        logits, after = self.draft_logits(spans, hidden)
-        return logits.argmax(-1).astype(np.int32), after
+        def once(spans: Sequence[Span], hidden: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            logits, after = self.draft_logits(spans, hidden)
+            return logits.argmax(-1), after
+
+        return in_turn(once, spans, hidden, rounds)
 
     def draft_logits(self, spans: Sequence[Span], hidden: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The same with logits, f32 [R, vocab]."""
+        """One round: logits, f32 [R, vocab], and all hidden states, f32 [T, hidden], valid until the next step."""
         self._hidden_in[:len(hidden)] = hidden
         return self._step(spans, self._draft_plans)[:, :self._vocab], self.hidden()
 

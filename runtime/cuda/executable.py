@@ -30,6 +30,7 @@ from qcn_compile.runtime.cuda.weights import DeviceWeights, look_ups
 from qcn_compile.runtime.executable import Plans
 from qcn_compile.runtime.memory import MemoryPlan, plan_memory
 from qcn_compile.runtime.prefix.options import PrefixOptions
+from qcn_compile.runtime.speculation.chain import following, last_rows
 from qcn_compile.runtime.weights import Report
 
 KERNELS = "kernels"
@@ -128,21 +129,36 @@ class CudaExecutable(Plans):
     def hidden(self) -> np.ndarray:
         """Hidden states of the last step, bits of bf16, u16 [T, hidden], valid until the next of any kind."""
         assert self._states is not None
-        place = self._base + int(self._last.outputs["hidden"]["offset"])
-        return self._states.fetch(place, int(self._inputs.arrays["counts"][0]))
+        return self._states.fetch(self._hidden_place(), int(self._inputs.arrays["counts"][0]))
 
-    def draft(self, spans: Sequence[Span], hidden: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """One step of the draft head: tokens, and the hidden states of those before them. Returns the wanted rows'
-        likeliest tokens, i32 [R], and all hidden states, as `hidden` does. Raises as `run`."""
+    def draft(self, spans: Sequence[Span], hidden: np.ndarray, rounds: int = 1) -> np.ndarray:
+        """Rounds of the draft head from tokens and the hidden states of those before them, as `hidden` gives them; the
+        device hands token and state on. Returns the wanted rows' likeliest tokens, i32 [rounds, R]. Raises as `run`."""
         assert self._states is not None
+        started: list[CudaStep] = []
+        found: list[np.ndarray] = []
+        for number in range(rounds):
+            if len(started) == len(self._stages):
+                found.append(started.pop(0).tokens())
+            if number:
+                self._states.carry(self._hidden_place(), last_rows(spans).tolist())
+                spans = following(spans, [-1 - span.slot for span in spans])
+            else:
+                self._states.send(hidden)
+            started.append(self._draft_round(spans))
+        found += [step.tokens() for step in started]
+        return np.maximum(np.stack(found), 0)  # -1 where logits are no numbers: any guess will do
+
+    def _draft_round(self, spans: Sequence[Span]) -> CudaStep:
         plan = self.select(*demand(spans), self._draft_plans)
         stage, rows = self._staged(plan, spans)
-        write_likeliest(self._inputs.arrays["choice"].reshape(-1, WIDTH),
-                        [span.slot for span in spans for _ in range(span.wanted)])
-        self._states.send(hidden)
+        slots = [span.slot for span in spans for _ in range(span.wanted)]
+        write_likeliest(self._inputs.arrays["choice"].reshape(-1, WIDTH), slots)
         self._start(plan, stage, rows, ())
-        after = self.hidden()
-        return np.maximum(stage.chosen[:rows], 0), after  # -1 where logits are no numbers: any guess will do
+        return CudaStep(self, plan, stage, rows)
+
+    def _hidden_place(self) -> int:
+        return self._base + int(self._last.outputs["hidden"]["offset"])
 
     def _staged(self, plan: Plan, spans: Sequence[Span]) -> tuple[Stage, int]:
         """The inputs of a step in the stage whose turn it is, and the number of wanted rows."""

@@ -25,6 +25,12 @@ class HiddenStates:
         self._pinned[:len(states)] = states
         self._device.upload_soon(self.place, self._pinned[:len(states)])
 
+    def carry(self, source: int, rows: Sequence[int]) -> None:
+        """From states at `source` on the device to the head, these rows one after the other, in the stream."""
+        size = 2 * self._pinned.shape[1]
+        for place, row in enumerate(rows):
+            self._device.copy_rows(self.place + place * size, size, source + int(row) * size, size, size, 1, "DtoD")
+
     def fetch(self, source: int, rows: int) -> np.ndarray:
         """Rows that lie at `source`, when the stream has reached them; a view, valid until the next call."""
         found = self._pinned[:rows]

@@ -17,6 +17,8 @@ import numpy as np
 import pytest
 from test_card import BUILDS, CARD, MODEL, _events, say
 
+from qcn_compile.runtime.batch import Span
+
 HERE = Path(__file__).parent
 FULL = next((BUILDS / name for name in ("full-mtp", "full") if (BUILDS / name).is_dir()), BUILDS / "full")
 CODE = ("class Stack:\n    def __init__(self):\n        self.items = []\n\n    def push(self, item):\n        "
@@ -248,9 +250,31 @@ def _rounds(model: Any, count: int = 60) -> None:
         if model.engine.speculation.drafted - drafted == 3:
             found.append(time.perf_counter() - before)
     verify = _events(model, "decode-4")
+    executable, device = model.executable, model._device
+    head = next(plan for plan in executable._draft_plans if plan.name == "decode-1")
+    parts = {"the head": lambda: executable.replay(head), "a copy of a state": lambda: executable.rows.copy_state(0, 1)}
+    for name, work in parts.items():
+        say(f"{name}: {1e3 * _timed(device, work):.3f} ms by events")
+    asked, rows = Span([5], 1024, 0, np.arange(33, dtype=np.int32), 1), np.zeros((1, 2048), np.uint16)
+    began = time.perf_counter()
+    for _ in range(50):
+        executable.draft([asked], rows, 3)
+    say(f"three rounds of the head with all copies: {20 * (time.perf_counter() - began):.3f} ms")
     stream.close()
     say(f"one round of 3 drafts and the verification of 4 tokens, batch 1: {1e3 * np.median(found):.3f} ms (median of "
         f"{len(found)}), of it the main model's step {1e3 * verify:.3f} ms by events; {model.engine.speculation}")
+
+
+def _timed(device: Any, work: Any, repeat: int = 9) -> float:
+    """Median seconds of what is put into the stream."""
+    first, last, found = device.event(), device.event(), []
+    for _ in range(repeat):
+        device.record(first)
+        work()
+        device.record(last)
+        device.synchronize()
+        found.append(device.seconds(first, last))
+    return float(np.median(found))
 
 
 def _endurance(model: Any, steps: int = 10_000) -> None:

@@ -64,9 +64,9 @@ def test_hidden_states_go_to_the_head_and_its_own_come_back(fake: FakeDriver, tm
     executable.run([Span([2], 4, 1, PAGE, 1)])
     assert np.array_equal(executable.hidden(), made[:HIDDEN].reshape(1, HIDDEN))
     given = np.arange(100, 100 + 2 * HIDDEN, dtype=np.uint16).reshape(2, HIDDEN)
-    tokens, after = executable.draft([Span([4], 3, 1, PAGE, 1), Span([1], 5, 0, PAGE, 1)], given)
-    assert tokens.tolist() == [3, 0]  # logits that are no numbers give some token
-    assert np.array_equal(after, made.reshape(2, HIDDEN))
+    tokens = executable.draft([Span([4], 3, 1, PAGE, 1), Span([1], 5, 0, PAGE, 1)], given)
+    assert tokens.tolist() == [[3, 0]]  # logits that are no numbers give some token
+    assert np.array_equal(executable.hidden(), made.reshape(2, HIDDEN))
     for place, want in ((states, given), (choice, executable._inputs.arrays["choice"])):
         got = np.empty_like(want)
         fake._copy(got.ctypes.data, place, got.nbytes)
@@ -74,4 +74,24 @@ def test_hidden_states_go_to_the_head_and_its_own_come_back(fake: FakeDriver, tm
     rows = executable._inputs.arrays["choice"].reshape(2, 16)
     assert rows[:, :3].tolist() == [[1, 1, 0], [1, 0, 0]] and not rows[:, 6].any()  # likeliest, as it is
     assert fake.calls.count("cuGraphLaunch") == 2 and arguments(main, 5) != arguments(head, 5)
+    executable.check_integrity()
+
+
+def test_rounds_go_on_from_the_token_and_the_state_on_the_device(fake: FakeDriver, tmp_path: Path) -> None:
+    executable = opened(with_head(tmp_path / "build"))
+    states, _, _, _, workspace = arguments(fake.launches[1][1], 5)
+    made = np.arange(2 * HIDDEN, dtype=np.uint16)
+    fake._copy(workspace - 258 + 1024, made.ctypes.data, made.nbytes)
+    fake._copy(executable._chosen, np.array([3, 1], np.int32).ctypes.data, 8)
+    seen = []
+    start = executable._start
+    executable._start = lambda plan, *rest: seen.append(  # type: ignore[method-assign]
+        {name: executable._inputs.arrays[name].copy() for name in ("tokens", "context_lens", "cu_seqlens")}
+    ) or start(plan, *rest)
+    tokens = executable.draft([Span([4, 2], 3, 1, PAGE, 1)], np.ones((2, HIDDEN), np.uint16), rounds=3)
+    assert tokens.tolist() == [[3]] * 3 and fake.calls.count("cuGraphLaunch") == 3
+    assert [s["tokens"][0] for s in seen] == [4, -2, -2] and [s["context_lens"][0] for s in seen] == [3, 5, 6]
+    got = np.empty(HIDDEN, np.uint16)
+    fake._copy(got.ctypes.data, states, got.nbytes)
+    assert np.array_equal(got, made[:HIDDEN])  # of the one token of the second round, not the host's
     executable.check_integrity()
