@@ -6,6 +6,7 @@ Needs `.gpu/` (see README.md) and an NVIDIA GPU; skipped elsewhere.
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -194,6 +195,33 @@ def test_kernels_stay_inside_their_memory(plain: Any, monkeypatch: pytest.Monkey
                 assert (line == PAINT).all(), f"{nbytes} bytes: {np.argwhere(line != PAINT)[:4].ravel()} painted over"
     say(f"{len(guarded)} allocations between guards, filled with NaN: {ties}, no guard touched")
     assert not ties.wrong
+
+
+CHECKED = """
+import sys
+from qcn_compile import load
+from qcn_compile.runtime.prefix.options import PrefixOptions
+from qcn_compile.runtime.speculation.options import SpeculationOptions
+
+with load(sys.argv[1], model=sys.argv[2], max_running_requests=2, context_length=256, prefix=PrefixOptions(states=4),
+          speculation=SpeculationOptions(3, "mtp")) as model:
+    streams = [model.generate(text, temperature=t, max_tokens=12) for text, t in (("def fib(n):", 0), ("x = [1, 2", 1))]
+    print(sum(len(o.token_ids) for stream in streams for o in stream), model.engine.speculation)
+"""
+
+
+@small
+def test_compute_sanitizer_finds_nothing() -> None:
+    tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    if not Path(tool).is_file():
+        pytest.skip("no compute-sanitizer on this machine")
+    begun = time.perf_counter()
+    done = subprocess.run([tool, "--tool", "memcheck", "--error-exitcode", "9", sys.executable, "-c", CHECKED,
+                           str(BUILDS / "tiny-mtp"), str(MODEL)], capture_output=True, text=True, check=False,
+                          timeout=240)
+    lines = [line for line in done.stdout.splitlines() if "ERROR SUMMARY" in line or "drafts accepted" in line]
+    say(f"compute-sanitizer memcheck, {time.perf_counter() - begun:.0f} s: {'; '.join(lines)}")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
 
 
 START = """
