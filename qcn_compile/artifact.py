@@ -111,6 +111,11 @@ class Plan:
     outputs: dict[str, dict[str, Any]]
     routes: tuple[Route, ...] = ()
 
+    @property
+    def key(self) -> str:
+        """Unique in a build."""
+        return f"{self.entry}-{self.name}"
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 

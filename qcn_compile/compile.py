@@ -49,6 +49,7 @@ class Options:
     activations: str | None = None
     context_length: int | None = None
     weights: str | None = None
+    kv: str | None = None
     mcpu: str | None = None
     mtp: bool = False
     force: bool = False
@@ -139,10 +140,10 @@ def _front(model: str | Path | None, target: str, options: Options, clock: Clock
     located = locate(None if model is None else str(model), "cpu" if chosen.kind == "null" else chosen.kind)
     with clock.stage("trace"):
         tell("trace", 0, 1)
-        traced = trace_model(located, DType(chosen.dtype))
+        traced = trace_model(located, DType(chosen.dtype), options.mtp and options.weights == "dummy")
         tell("trace", 1, 1)
     return chosen, located, traced, decide(traced, chosen, options.dtype, options.quant, options.activations,
-                                           options.context_length)
+                                           options.context_length, options.kv)
 
 
 def _weights_mode(options: Options, target: Target, traced: Traced, located: Located) -> str:
@@ -175,7 +176,8 @@ def _optimise(graph: Graph, decision: Decision, context: PassContext, options: O
     if options.pipeline is not None:
         pipeline = Pipeline(list(options.pipeline.passes))
     else:
-        pipeline = Pipeline.default(base=decision.base, quant=decision.format, activations=decision.activations)
+        pipeline = Pipeline.default(base=decision.base, quant=decision.format, activations=decision.activations,
+                                    kv=None if decision.kv == "bf16" else decision.kv)
     for plugin in load_plugins(options.plugins):
         plugin.configure(pipeline)
     for name in options.disabled:
@@ -209,7 +211,7 @@ def _write(output: Path, build: Path, traced: Traced, target: Target, decision: 
 def _write_weights(output: Path, build: Path, traced: Traced, target: Target, names: dict[BlobKey, str], mode: str,
                    tell: Report) -> tuple[dict[str, Any], dict[str, str]]:
     """The weight files, or what stands in for them; returns the manifest's `weights`, and file -> sha256."""
-    later, now = deferred(names, target, mode)
+    later, now = deferred(names, target, mode, traced.weights.draft_names if traced.weights else None)
     files = plan_files(now, target)
     source, origin = (traced.weights, traced.weights.fingerprint()) if traced.weights else (NoWeights(), "")
     with resumable(output, key_of(files, target, origin)) as folder:

@@ -17,6 +17,7 @@ from qcn_compile.runtime.memory import MemoryPlan, page_part_bytes
 from qcn_compile.runtime.prefix.rows import CacheRows
 from qcn_compile.runtime.profile import Profile
 from qcn_compile.runtime.routing import Routing
+from qcn_compile.runtime.speculation.chain import in_turn
 from qcn_compile.runtime.weights import Weights
 
 
@@ -46,6 +47,7 @@ class Plans:
                        key=lambda plan: (plan.tokens, plan.sequences, plan.rows))
         self._plans = [plan for plan in plans if plan.entry == "main"]
         self._draft_plans = [plan for plan in plans if plan.entry == "mtp"]
+        self._every = [*self._plans, *self._draft_plans]
         if not self._plans:
             raise ArtifactError(f"{build} has no plan of the entry main; build again with qcn-compile")
         self._memory, self._vocab = memory, manifest.vocab_size
@@ -94,11 +96,14 @@ class Plans:
         """The last step's inputs name only tokens, pages and slots that exist."""
         arrays = self._inputs.arrays
         tokens, sequences, rows, width = (int(n) for n in arrays["counts"])
-        limits = {"tokens": (tokens, self._vocab), "slots": (sequences, self._memory.slots), "rows": (rows, tokens),
-                  "block_table": (sequences * width, self._memory.pages)}
-        for name, (count, limit) in limits.items():
-            used, least = arrays[name][:count], self.least_token if name == "tokens" else 0
-            if count and (used.min() < least or used.max() >= limit):
+        limits = {"tokens": (tokens, self._vocab), "slots": (sequences, self._memory.slots), "rows": (rows, tokens)}
+        ends = arrays["context_lens"][:sequences] + np.diff(arrays["cu_seqlens"][:sequences + 1])
+        filled = np.arange(width) < -(-ends[:, None] // self._memory.page_size)
+        checks = [(name, arrays[name][:count], limit) for name, (count, limit) in limits.items()]
+        table = arrays["block_table"][:sequences * width].reshape(sequences, width)[filled]
+        for name, used, limit in [*checks, ("block_table", table, self._memory.pages)]:
+            least = self.least_token if name == "tokens" else 0
+            if len(used) and (used.min() < least or used.max() >= limit):
                 raise AssertionError(f"input {name} names {used.min()}..{used.max()}, outside {least}..{limit - 1}")
 
     def _pointer(self, arg: Arg, plan: Plan) -> int:
@@ -151,12 +156,19 @@ class Executable(Plans):
         """Hidden states of the last step, f32 [T, hidden], valid until the next."""
         return self._output("hidden", int(self._inputs.arrays["counts"][0]))
 
-    def draft(self, spans: Sequence[Span], hidden: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """One step of the draft head: tokens, and the hidden states f32 [T, hidden] of those before them.
+    def draft(self, spans: Sequence[Span], hidden: np.ndarray, rounds: int = 1) -> np.ndarray:
+        """Rounds of the draft head from tokens and the hidden states f32 [T, hidden] of those before them.
 
-        Returns the wanted rows' logits, f32 [R, vocab], and all hidden states, valid until the next step. Raises as
-        `run`.
+        Returns the wanted rows' likeliest tokens, i32 [rounds, R]. Raises as `run`.
         """
+        def once(spans: Sequence[Span], hidden: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            logits, after = self.draft_logits(spans, hidden)
+            return logits.argmax(-1), after
+
+        return in_turn(once, spans, hidden, rounds)
+
+    def draft_logits(self, spans: Sequence[Span], hidden: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """One round: logits, f32 [R, vocab], and all hidden states, f32 [T, hidden], valid until the next step."""
         self._hidden_in[:len(hidden)] = hidden
         return self._step(spans, self._draft_plans)[:, :self._vocab], self.hidden()
 

@@ -44,13 +44,13 @@ def load(build: str | PathLike[str], *, context_length: int | None = None, max_r
          threads: int | None = None, cache_memory: int | None = None, prefill_chunk: int | None = None,
          huge_pages: bool = False, pin: bool = False, verify: bool = False, model: str | PathLike[str] | None = None,
          prefix: PrefixOptions | None = None, speculation: SpeculationOptions | None = None, overrides: str = "{}",
-         report: Report | None = None) -> Model:
+         embedding_on_host: bool = False, report: Report | None = None) -> Model:
     """Open a build. `cache_memory` in bytes bounds KV pages and state slots; `prefill_chunk` prompt tokens a step.
 
     `huge_pages` copies the weights into huge pages, `pin` binds threads to cores, `verify` hashes every file, `model`
     is the checkpoint that a build without weights takes them from, `prefix` switches the prefix cache on, `speculation`
     drafting. `overrides`: JSON over the model's config, of its rope parameters only; `context_length` may then be as
-    long as they allow.
+    long as they allow. `embedding_on_host` keeps a GPU build's table of tokens in pinned host memory.
     Raises ArtifactError, CapacityError, UsageError or DeviceError with the cure in the message.
     """
     if threads is not None and threads < 1:
@@ -70,8 +70,10 @@ def load(build: str | PathLike[str], *, context_length: int | None = None, max_r
     if manifest.target.get("kind") == "gpu":
         checkpoint = None if model is None else Path(model)
         device, executable, memory = open_cuda(path, manifest, context_length, max_running_requests, cache_memory,
-                                               checkpoint, report, prefix, speculation is not None)
+                                               checkpoint, report, prefix, speculation is not None, embedding_on_host)
     else:
+        if embedding_on_host:
+            raise UsageError("--embedding-on-host: a CPU build's weights lie in host memory anyway; leave it out")
         memory = plan_memory(manifest, context_length, max_running_requests, cache_memory, prefix,
                              speculation is not None)
         device, executable = _open_cpu(path, manifest, memory, threads or settings.threads(), pin, huge_pages, report)
@@ -198,9 +200,13 @@ class Model:
     def describe(self) -> str:
         """What is loaded and what it costs, in one line."""
         return (f"{len(self.executable.capacities)} plans, {self._device}, "
-                f"weights {self.executable.weight_bytes / 1e6:.1f} MB, workspace "
+                f"weights {self.executable.weight_bytes / 1e6:.1f} MB{self._host_weights()}, workspace "
                 f"{self.executable.workspace_bytes / 1e6:.1f} MB, context {self.memory.context_length}, {self.memory}, "
                 f"loaded in {1e3 * self.load_seconds:.0f} ms")
+
+    def _host_weights(self) -> str:
+        size = getattr(self.executable, "host_weight_bytes", 0)
+        return f" and {size / 1e6:.1f} MB in host memory" if size else ""
 
     def check_integrity(self) -> None:
         """Caches, scheduler and inputs are consistent, nothing leaked."""
@@ -268,14 +274,11 @@ def _speculation(options: SpeculationOptions | None, memory: MemoryPlan,
                  executable: Executable | CudaExecutable) -> Speculation | None:
     if options is None:
         return None
-    if options.algorithm == MTP and not isinstance(executable, Executable):
-        raise UsageError("--speculative-algorithm mtp: not built yet for GPU builds; use ngram")
     if options.algorithm == MTP and not executable.draft_capacities:
         raise UsageError("--speculative-algorithm mtp: this build has no MTP head. If its checkpoint has one "
                          "(Qwen3-Next-80B-A3B has, Qwen3-Coder-Next ships none), build again with qcn-compile --mtp; "
                          "otherwise use --speculative-algorithm ngram")
-    mtp = options.algorithm == MTP and isinstance(executable, Executable)
-    drafter = MtpDrafter(executable) if mtp else LookupDrafter()  # type: ignore[arg-type]
+    drafter = MtpDrafter(executable) if options.algorithm == MTP else LookupDrafter()
     return Speculation(executable.rows, memory.slots + memory.snapshots, options.count, drafter)
 
 

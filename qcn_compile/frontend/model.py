@@ -33,9 +33,10 @@ class Traced:
     audit: Audit | None = None
 
 
-def trace_model(source: Located | PreTrainedConfig, dtype: DType = DType.f32) -> Traced:
+def trace_model(source: Located | PreTrainedConfig, dtype: DType = DType.f32, made_up_head: bool = False) -> Traced:
     """Trace a model and audit its checkpoint, before any other work.
 
+    made_up_head: a config without a checkpoint gets a draft head, to be measured with dummy weights.
     Raises ModelError for a checkpoint that is missing, damaged or does not fit, IRError for an op that has no row.
     """
     if isinstance(source, PreTrainedConfig):
@@ -44,7 +45,8 @@ def trace_model(source: Located | PreTrainedConfig, dtype: DType = DType.f32) ->
     config, plain = load_config(source.config)
     checkpoint = None if source.path is None else Checkpoint(source.path)
     model = build(config, dtype)
-    mtp = build_mtp(model) if checkpoint is not None and mtp_layers(model, checkpoint) else None
+    has_head = made_up_head if checkpoint is None else bool(mtp_layers(model, checkpoint))
+    mtp = build_mtp(model) if has_head else None
     weights = verdict = None
     if checkpoint is not None:
         weights = WeightSource(checkpoint, model, mtp)

@@ -210,6 +210,15 @@ class WeightSource:
         keys = {key for name in paths for keys in self.recipes[name].keys.values() for key in keys}
         return {key.removesuffix(".weight") for key in keys}
 
+    @cached_property
+    def draft_names(self) -> dict[str, list[str]]:
+        """Weight of the draft head -> its checkpoint key, or those of its merge with `*` for the expert."""
+        found = {}
+        for name, recipe in self.recipes.items():
+            if name.startswith(MTP):
+                found[name] = [re.sub(r"\.experts\.\d+\.", ".experts.*.", keys[0]) for keys in recipe.keys.values()]
+        return found
+
     def fingerprint(self) -> str:
         """Whether the checkpoint is still the same."""
         return self.checkpoint.fingerprint()

@@ -51,6 +51,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("build", type=Path)
     sub.add_argument("--context-length", type=int, metavar="N", help="longest sequence (default: the build's)")
     sub.add_argument("--max-running-requests", type=int, default=4, metavar="N", help="sequences at once (default 4)")
+    sub.add_argument("--embedding-on-host", action="store_true", help="the table of tokens in host memory")
     sub.add_argument("--json", action="store_true", help="print the data as JSON")
     sub = commands.add_parser("targets", help="the chips that builds can be made for")
     sub.add_argument("--json", action="store_true", help="print the data as JSON")
@@ -93,7 +94,7 @@ def _data(args: argparse.Namespace) -> Any:
         return measure(args.build)
     build = Build.open(args.build)
     if args.command == "device":
-        return views.device(build, args.context_length, args.max_running_requests)
+        return views.device(build, args.context_length, args.max_running_requests, args.embedding_on_host)
     if args.command == "diff":
         return views.diff(build, Build.open(args.other))
     if args.command == "kernels":

@@ -137,6 +137,8 @@ def device(data: dict[str, Any]) -> Iterator[str]:
     for what, size in [*data["bytes"].items(), ("planned", total), ("reserve", data["reserve"]),
                        ("in all", total + data["reserve"])]:
         yield f"{what:12s} {size:15,d} bytes {size / 1e9:9.3f} GB"
+    if data["host"]:
+        yield f"{'in host memory':14s} {data['host']:13,d} bytes {data['host'] / 1e9:9.3f} GB: the table of tokens"
     yield data["caches"]
 
 

@@ -10,6 +10,7 @@ from qcn_compile.artifact import Plan
 from qcn_compile.errors import UsageError
 from qcn_compile.inspect.build import Build
 from qcn_compile.runtime.cuda.footprint import RESERVE, footprint
+from qcn_compile.runtime.cuda.weights import host_bytes, look_ups
 from qcn_compile.runtime.memory import plan_memory
 
 LAYER = re.compile(r"layers\.(\d+)(?:\.|$)")
@@ -67,13 +68,15 @@ def memory(build: Build) -> dict[str, Any]:
     return result
 
 
-def device(build: Build, context_length: int | None, sequences: int) -> dict[str, Any]:
+def device(build: Build, context_length: int | None, sequences: int, embedding_on_host: bool = False) -> dict[str, Any]:
     """Device bytes of a loaded GPU build that holds so many whole contexts. Raises UsageError for another target."""
     if build.manifest.target.get("kind") != "gpu":
         raise UsageError(f"{build.path} is for {build.manifest.target['name']}, not for a GPU; see qcn-inspect memory")
-    plans = [plan for plan in build.plans if plan.entry == "main"]
     memory = plan_memory(build.manifest, context_length, sequences, 1 << 60)
-    return {"bytes": footprint(build.path, build.manifest, plans, memory), "reserve": RESERVE, "caches": str(memory)}
+    on_host = look_ups(build.plans) if embedding_on_host else frozenset()
+    taken = footprint(build.path, build.manifest, build.plans, memory, on_host)
+    return {"bytes": taken, "host": host_bytes(build.path, build.manifest.weights, on_host), "reserve": RESERVE,
+            "caches": str(memory)}
 
 
 def decisions(build: Build) -> dict[str, Any]:

@@ -14,6 +14,8 @@ from qcn_compile.targets.base import Target
 
 QUANTS = {"cpu": ("none", "int8", "int4"), "null": ("none", "int8", "int4"), "gpu": ("none", "fp8")}
 DTYPES = {"fp32": "f32", "bf16": "bf16"}
+KV = {"auto": "bf16", "bf16": "bf16", "fp8": "f8e4m3", "fp8_e4m3": "f8e4m3"}  # by SGLang's names
+FIRST_E4M3 = 89  # cards from this architecture on convert e4m3
 SMALL = 256 << 20  # below this many bytes of bf16 weights, quantisation saves nothing a user would notice
 
 
@@ -27,13 +29,14 @@ class Decision:
     context_length: int
     weight_bytes: int
     reasons: dict[str, str]
+    kv: str = "bf16"
 
     def to_json(self) -> dict[str, object]:
         return asdict(self)
 
 
 def decide(traced: Traced, target: Target, dtype: str | None, quant: str, activations: str | None,
-           context_length: int | None) -> Decision:
+           context_length: int | None, kv: str | None = None) -> Decision:
     """Resolve the user's wishes. Raises UsageError naming what is impossible, with the number that breaks it."""
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"--dtype {dtype}: choose fp32 or bf16")
@@ -51,7 +54,7 @@ def decide(traced: Traced, target: Target, dtype: str | None, quant: str, activa
     reasons["context_length"] = "asked for" if context_length else "the model's own limit"
     kept = base if format_ == "none" else format_
     size = int(elements * 4 * stored_fraction(Encoding(kept)))
-    return Decision(base, format_, acts, context_length or longest, size, reasons)
+    return Decision(base, format_, acts, context_length or longest, size, reasons, kv_type(kv, target, reasons))
 
 
 def _elements(graph: Graph) -> int:
@@ -97,6 +100,21 @@ def _format(quant: str, elements: int, target: Target, reasons: dict[str, str]) 
                         f"{elements * 4.5 / 8 / 1e9:.1f} GB at int4 against {elements * 2 / 1e9:.1f} GB in bf16 "
                         f"(this machine has {memory / 1e9:.0f} GB)")
     return "int4"
+
+
+def kv_type(asked: str | None, target: Target, reasons: dict[str, str]) -> str:
+    """The type that keys and values are cached in; "bf16" stands for the target's own."""
+    if asked is not None and asked not in KV:
+        raise UsageError(f"--kv-cache-dtype {asked}: choose {', '.join(KV)}")
+    reasons["kv"] = "asked for with --kv-cache-dtype" if asked not in (None, "auto") else "as they are computed"
+    found = KV[asked or "auto"]
+    if found == "f8e4m3" and target.kind != "gpu":
+        raise UsageError(f"--kv-cache-dtype {asked}: the {target.name} target caches keys and values as it computes "
+                         "them; leave it out")
+    arch = target.describe().get("arch")
+    if found == "f8e4m3" and isinstance(arch, int) and arch < FIRST_E4M3:
+        raise UsageError(f"--kv-cache-dtype {asked}: {target.name} (sm_{arch}) has no e4m3 numbers; leave it out")
+    return found
 
 
 def _activations(asked: str | None, format_: str, target: Target, reasons: dict[str, str]) -> str:

@@ -7,6 +7,7 @@ filling. What depends on no checkpoint tensor (rotary frequencies) is written in
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from qcn_compile.artifact import ALIGNMENT
@@ -20,8 +21,10 @@ STEPS = ("weight", "concat", "reshape", "take_rows", "add_scalar", "mul_scalar",
          "slice")
 
 
-def deferred(names: dict[BlobKey, str], target: Target, mode: str) -> tuple[dict[str, Any], dict[BlobKey, str]]:
-    """(what the manifest says of the blobs left out, the blobs to write now)."""
+def deferred(names: dict[BlobKey, str], target: Target, mode: str, stored: Mapping[str, list[str]] | None = None
+             ) -> tuple[dict[str, Any], dict[BlobKey, str]]:
+    """(what the manifest says of the blobs left out, the blobs to write now). stored: weight -> its checkpoint keys,
+    `*` for the expert, where these are not its own name."""
     if mode == "copied":
         return {}, names
     now = {key: name for key, name in names.items() if not sources(key.value)}
@@ -29,7 +32,7 @@ def deferred(names: dict[BlobKey, str], target: Target, mode: str) -> tuple[dict
     if mode == "dummy":
         return {"blobs": {f"{name}.{part}": {"bytes": size, "fill": kind} for key, name in left.items()
                           for part, (kind, size) in sizes(key, target).items()}}, now
-    return {"recipes": {name: recipe(key, target) for key, name in left.items()}}, now
+    return {"recipes": {name: recipe(key, target, stored or {}) for key, name in left.items()}}, now
 
 
 def sizes(key: BlobKey, target: Target) -> dict[str, tuple[str, int]]:
@@ -38,7 +41,7 @@ def sizes(key: BlobKey, target: Target) -> dict[str, tuple[str, int]]:
     return {part: (kind, -(-size // ALIGNMENT) * ALIGNMENT) for part, (kind, size) in made.items()}
 
 
-def recipe(key: BlobKey, target: Target) -> dict[str, Any]:
+def recipe(key: BlobKey, target: Target, stored: Mapping[str, list[str]]) -> dict[str, Any]:
     """The steps to a blob, its layout and format, and the bytes of its parts."""
     steps: list[dict[str, Any]] = []
     place: dict[Value, int] = {}
@@ -46,7 +49,7 @@ def recipe(key: BlobKey, target: Target) -> dict[str, Any]:
     def visit(value: Value) -> int:
         if value not in place:
             assert value.op is not None
-            step = _step(value.op)
+            step = _step(value.op, stored)
             step["args"] = [visit(v) for v in value.op.inputs]
             steps.append(step)
             place[value] = len(steps) - 1
@@ -57,14 +60,20 @@ def recipe(key: BlobKey, target: Target) -> dict[str, Any]:
             "parts": {part: size for part, (_, size) in sizes(key, target).items()}}
 
 
-def _step(op: Op) -> dict[str, Any]:
+def _step(op: Op, stored: Mapping[str, list[str]]) -> dict[str, Any]:
     """One op of a recipe. Raises LoweringError for an op that the runtime cannot evaluate."""
     if op.name not in STEPS:
         raise LoweringError(f"{op.name} at {op.loc}: a late-bound weight may be made by {', '.join(STEPS)} only; "
                             "build with --weights copied")
     attrs = {name: _plain(value) for name, value in op.attrs.items()}
     step: dict[str, Any] = {"op": op.name, **attrs}
-    if op.name == "weight" and (merged := merged_names(str(attrs["name"]))):
+    if op.name != "weight":
+        return step
+    name = str(attrs["name"])
+    keys = stored.get(name, [])
+    if len(keys) == 1 and "*" not in keys[0]:
+        step["name"] = keys[0]
+    elif merged := keys or merged_names(name):
         step["merged"] = merged
     return step
 

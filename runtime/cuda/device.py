@@ -20,6 +20,7 @@ DEFAULT_SHARED = 48 << 10
 ALIGNMENT = 16  # kernels were promised pointers at multiples of this
 THREAD_LOCAL = 1  # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
 NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING
+MAPPED = 2  # CU_MEMHOSTALLOC_DEVICEMAP
 NO_TIMING = 2  # CU_EVENT_DISABLE_TIMING
 REBUILD = "build again with qcn-compile"
 
@@ -95,9 +96,14 @@ class CudaDevice:
 
     def pinned(self, nbytes: int) -> np.ndarray:
         """Host memory, u8, that copies to and from the device without a detour."""
-        pointer = int(self.driver("cuMemHostAlloc", max(nbytes, 64), 0))
+        pointer = int(self.driver("cuMemHostAlloc", max(nbytes, 64), MAPPED))
         self._pinned.append(pointer)
         return np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(pointer))
+
+    def mapped(self, nbytes: int) -> tuple[np.ndarray, int]:
+        """Host memory that kernels read over the bus: u8, and the address that they use."""
+        data = self.pinned(nbytes)
+        return data, int(self.driver("cuMemHostGetDevicePointer", data.ctypes.data, 0))
 
     def upload(self, to: int, data: np.ndarray) -> None:
         """Host array to device memory; returns when done."""

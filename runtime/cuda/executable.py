@@ -12,7 +12,7 @@ import numpy as np
 
 from qcn_compile.artifact import Arg, Manifest, Plan, read_plan
 from qcn_compile.errors import ArtifactError, CapacityError, DeviceError
-from qcn_compile.runtime.batch import Capacity, InputArrays, Span, demand
+from qcn_compile.runtime.batch import Span, demand
 from qcn_compile.runtime.choice import Pick
 from qcn_compile.runtime.cuda.device import ALIGNMENT, CudaDevice, Prepared
 from qcn_compile.runtime.cuda.footprint import (
@@ -20,16 +20,17 @@ from qcn_compile.runtime.cuda.footprint import (
     cache_groups,
     fixed_bytes,
     footprint,
-    input_sizes,
-    offsets,
     pitch,
 )
+from qcn_compile.runtime.cuda.hidden import HiddenStates
 from qcn_compile.runtime.cuda.rows import CudaRows, Group
-from qcn_compile.runtime.cuda.sampling import WIDTH, SlotArrays, write_choice
-from qcn_compile.runtime.cuda.weights import DeviceWeights
+from qcn_compile.runtime.cuda.sampling import WIDTH, SlotArrays, write_choice, write_likeliest
+from qcn_compile.runtime.cuda.stage import Stage
+from qcn_compile.runtime.cuda.weights import DeviceWeights, look_ups
 from qcn_compile.runtime.executable import Plans
 from qcn_compile.runtime.memory import MemoryPlan, plan_memory
 from qcn_compile.runtime.prefix.options import PrefixOptions
+from qcn_compile.runtime.speculation.chain import following, last_rows
 from qcn_compile.runtime.weights import Report
 
 KERNELS = "kernels"
@@ -37,59 +38,30 @@ KERNELS = "kernels"
 
 def open_cuda(build: Path, manifest: Manifest, context_length: int | None, max_running: int, budget: int | None,
               model: Path | None = None, report: Report | None = None, prefix: PrefixOptions | None = None,
-              speculate: bool = False) -> tuple[CudaDevice, CudaExecutable, MemoryPlan]:
+              speculate: bool = False, embedding_on_host: bool = False
+              ) -> tuple[CudaDevice, CudaExecutable, MemoryPlan]:
     """The first visible GPU with a build loaded. `budget` bytes for caches; None: what the weights leave.
+    embedding_on_host: the table of tokens in pinned host memory, its rows read over the bus.
 
     Raises ArtifactError for another card's build, CapacityError when the weights or one context do not fit.
     """
     device = CudaDevice(manifest.target)
     try:
         plans = [read_plan(build, name) for name in manifest.plans]
+        on_host = look_ups(plans) if embedding_on_host else frozenset()
         fixed = RESERVE + sum(fixed_bytes(build, manifest, plans, context_length or manifest.context_length,
-                                          max_running).values())
+                                          max_running, on_host).values())
         free = device.free_bytes()
         if fixed > free:
             raise CapacityError(f"{device.name} has {free / 1e9:.1f} GB free, weights and workspace need "
                                 f"{fixed / 1e9:.1f} GB; end other programs that use it, or build with --quant fp8")
         memory = plan_memory(manifest, context_length, max_running, min(budget or free, free - fixed), prefix,
                              speculate)
-        weights = DeviceWeights(build, manifest.weights, device, model, report)
+        weights = DeviceWeights(build, manifest.weights, device, model, report, on_host)
         return device, CudaExecutable(build, manifest, device, weights, memory), memory
     except Exception:
         device.close()
         raise
-
-
-class Stage:
-    """One of two sets of pinned input arrays: the host fills one while the device may still wait to read the other.
-
-    Every plan has its own layout of them, as tight as its capacities, so that little is copied; block table last.
-    """
-
-    def __init__(self, device: CudaDevice, plans: Sequence[Plan], width: int) -> None:
-        self.arrays = {plan.name: _inputs(plan, width) for plan in plans}
-        self.offsets = {plan.name: offsets(plan, width) for plan in plans}
-        self.nbytes = max(places["end"] for places in self.offsets.values())
-        block = device.pinned(self.nbytes)
-        block[:] = 0
-        for name, inputs in self.arrays.items():
-            for key, array in inputs.arrays.items():
-                at = self.offsets[name][key]
-                inputs.arrays[key] = block[at:at + array.nbytes].view(np.int32)
-        self.block = block
-        self.chosen = device.pinned(4 * max(plan.rows for plan in plans)).view(np.int32)
-        self.done = device.event(timed=False)
-
-    def used(self, plan: Plan) -> int:
-        """Bytes to copy: all arrays, of the block table only what is filled."""
-        counts = self.arrays[plan.name].arrays["counts"]
-        return self.offsets[plan.name]["block_table"] + 4 * int(counts[1]) * int(counts[3])
-
-
-def _inputs(plan: Plan, width: int) -> InputArrays:
-    inputs = InputArrays([Capacity(plan.tokens, plan.sequences, plan.rows)], width)
-    inputs.arrays = {name: np.zeros(size, np.int32) for name, size in input_sizes(plan, width).items()}
-    return inputs
 
 
 class CudaStep:
@@ -116,20 +88,24 @@ class CudaExecutable(Plans):
                  memory: MemoryPlan) -> None:
         super().__init__(build, manifest, memory)
         self._device, self._weights = device, weights
-        self.footprint = footprint(build, manifest, self._plans, memory)
+        self.host_weight_bytes = weights.host_bytes
+        self.footprint = footprint(build, manifest, self._every, memory, weights.on_host)
         self._base = device.allocate(self.workspace_bytes)
         self._allocate_caches(manifest)
-        self._stages = [Stage(device, self._plans, -(-memory.context_length // memory.page_size)) for _ in range(2)]
+        self._stages = [Stage(device, self._every, -(-memory.context_length // memory.page_size)) for _ in range(2)]
         self._input_base = device.allocate(self._stages[0].nbytes)
-        self._slot_arrays = SlotArrays(device, memory.slots, self._vocab, max(plan.rows for plan in self._plans))
+        rows = max(plan.rows for plan in self._every)
+        self._slot_arrays = SlotArrays(device, memory.slots, self._vocab, rows)
         self._places = dict(self._slot_arrays.places)
         self._chosen = self._places["chosen"]
-        self.least_token = -memory.slots
-        device.load(build / KERNELS, {launch.kernel for plan in self._plans for launch in plan.launches})
-        self._launches = {plan.name: [self._prepared(plan, i) for i in range(len(plan.launches))]
-                          for plan in self._plans}
-        self._graphs = {plan.name: self._capture(plan) for plan in self._plans}
-        rows = max(plan.rows for plan in self._plans)
+        self._states = HiddenStates(device, self._every, manifest.hidden_size) if self._draft_plans else None
+        if self._states is not None:
+            self._places["hidden"] = self._states.place
+        self.least_token, self._last = -memory.slots, self._plans[0]
+        device.load(build / KERNELS, {launch.kernel for plan in self._every for launch in plan.launches})
+        self._launches = {plan.key: [self._prepared(plan, i) for i in range(len(plan.launches))]
+                          for plan in self._every}
+        self._graphs = {plan.key: self._capture(plan) for plan in self._every}
         width = max(plan.outputs["logits"]["width"] for plan in self._plans)
         self._raw = device.pinned(4 * rows * width)
         self._logits = np.zeros((rows, width), np.float32)
@@ -145,13 +121,56 @@ class CudaExecutable(Plans):
     def launch(self, spans: Sequence[Span], picks: Sequence[Pick | None]) -> CudaStep:
         """Start a step; one pick a wanted row. The step before may still run. Raises as `run` does."""
         plan = self.select(*demand(spans))
+        stage, rows = self._staged(plan, spans)
+        write_choice(self._inputs.arrays["choice"].reshape(-1, WIDTH), picks)
+        self._start(plan, stage, rows, picks)
+        return CudaStep(self, plan, stage, rows)
+
+    def hidden(self) -> np.ndarray:
+        """Hidden states of the last step, bits of bf16, u16 [T, hidden], valid until the next of any kind."""
+        assert self._states is not None
+        return self._states.fetch(self._hidden_place(), int(self._inputs.arrays["counts"][0]))
+
+    def draft(self, spans: Sequence[Span], hidden: np.ndarray, rounds: int = 1) -> np.ndarray:
+        """Rounds of the draft head from tokens and the hidden states of those before them, as `hidden` gives them; the
+        device hands token and state on. Returns the wanted rows' likeliest tokens, i32 [rounds, R]. Raises as `run`."""
+        assert self._states is not None
+        started: list[CudaStep] = []
+        found: list[np.ndarray] = []
+        for number in range(rounds):
+            if len(started) == len(self._stages):
+                found.append(started.pop(0).tokens())
+            if number:
+                self._states.carry(self._hidden_place(), last_rows(spans).tolist())
+                spans = following(spans, [-1 - span.slot for span in spans])
+            else:
+                self._states.send(hidden)
+            started.append(self._draft_round(spans))
+        found += [step.tokens() for step in started]
+        return np.maximum(np.stack(found), 0)  # -1 where logits are no numbers: any guess will do
+
+    def _draft_round(self, spans: Sequence[Span]) -> CudaStep:
+        plan = self.select(*demand(spans), self._draft_plans)
+        stage, rows = self._staged(plan, spans)
+        slots = [span.slot for span in spans for _ in range(span.wanted)]
+        write_likeliest(self._inputs.arrays["choice"].reshape(-1, WIDTH), slots)
+        self._start(plan, stage, rows, ())
+        return CudaStep(self, plan, stage, rows)
+
+    def _hidden_place(self) -> int:
+        return self._base + int(self._last.outputs["hidden"]["offset"])
+
+    def _staged(self, plan: Plan, spans: Sequence[Span]) -> tuple[Stage, int]:
+        """The inputs of a step in the stage whose turn it is, and the number of wanted rows."""
         stage = self._stages[0]
         self._stages.reverse()
         self._device.activate()
         self.wait(plan, stage)
-        self._inputs = stage.arrays[plan.name]
-        rows = self._inputs.fill(spans)
-        write_choice(self._inputs.arrays["choice"].reshape(-1, WIDTH), picks)
+        self._inputs, self._last = stage.arrays[plan.key], plan
+        return stage, self._inputs.fill(spans)
+
+    def _start(self, plan: Plan, stage: Stage, rows: int, picks: Sequence[Pick | None]) -> None:
+        """Put a step and the way back of its results into the stream."""
         try:
             self._slot_arrays.send(picks)
             self._device.upload_soon(self._input_base, stage.block[:stage.used(plan)])
@@ -163,7 +182,6 @@ class CudaExecutable(Plans):
             self._return(plan, stage, rows, picks)
         except DeviceError as error:
             raise self._stopped(plan, error) from None
-        return CudaStep(self, plan, stage, rows)
 
     def wait(self, plan: Plan, stage: Stage) -> None:
         """Until the last step from a stage has ended."""
@@ -186,15 +204,15 @@ class CudaExecutable(Plans):
 
     def replay(self, plan: Plan) -> None:
         """One plan, in the stream."""
-        self._device.replay(self._graphs[plan.name])
+        self._device.replay(self._graphs[plan.key])
 
     def run_launches(self, plan: Plan) -> None:
         """One plan kernel by kernel, in the stream."""
-        for prepared in self._launches[plan.name]:
+        for prepared in self._launches[plan.key]:
             self._device.launch(prepared)
 
     def plan(self, name: str) -> Plan:
-        """A plan by name."""
+        """A plan of the main model by name."""
         return next(plan for plan in self._plans if plan.name == name)
 
     def _return(self, plan: Plan, stage: Stage, rows: int, picks: Sequence[Pick | None]) -> None:
@@ -214,7 +232,7 @@ class CudaExecutable(Plans):
         """Seconds of each launch, run one by one."""
         events = [self._device.event() for _ in range(len(plan.launches) + 1)]
         self._device.record(events[0])
-        for prepared, event in zip(self._launches[plan.name], events[1:], strict=True):
+        for prepared, event in zip(self._launches[plan.key], events[1:], strict=True):
             self._device.launch(prepared)
             self._device.record(event)
         self._device.synchronize()
@@ -238,7 +256,7 @@ class CudaExecutable(Plans):
         self.rows = CudaRows(self._device, groups[True], groups[False])
 
     def _pointer(self, arg: Arg, plan: Plan) -> int:
-        places = self._stages[0].offsets[plan.name]
+        places = self._stages[0].offsets[plan.key]
         if arg.kind == "input" and arg.name in places:
             return self._input_base + places[arg.name]
         return super()._pointer(arg, plan)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from qcn_compile.artifact import Manifest, Plan
@@ -15,23 +15,31 @@ LINE = 256
 RESERVE = 1 << 30  # besides what is planned: graphs, modules, and what other processes of a desktop take
 
 
-def footprint(build: Path, manifest: Manifest, plans: Sequence[Plan], memory: MemoryPlan) -> dict[str, int]:
-    """What -> device bytes of a loaded build, all that its process allocates."""
+def footprint(build: Path, manifest: Manifest, plans: Sequence[Plan], memory: MemoryPlan,
+              on_host: Collection[str] = ()) -> dict[str, int]:
+    """What -> device bytes of a loaded build, all that its process allocates. on_host: weights that lie elsewhere."""
     caches = {paged: sum(len(keys) * pitch(unit, paged, memory) for (p, unit), keys in cache_groups(manifest).items()
                          if p is paged) for paged in (True, False)}
-    fixed = fixed_bytes(build, manifest, plans, memory.context_length, memory.slots)
+    fixed = fixed_bytes(build, manifest, plans, memory.context_length, memory.slots, on_host)
     return {**fixed, "KV pages": caches[True], "states": caches[False]}
 
 
 def fixed_bytes(build: Path, manifest: Manifest, plans: Sequence[Plan], context_length: int,
-                slots: int) -> dict[str, int]:
+                slots: int, on_host: Collection[str] = ()) -> dict[str, int]:
     """The same without caches, which take what is left."""
     width = -(-context_length // manifest.page_size)
     rows = max(plan.rows for plan in plans)
-    return {"weights": total_bytes(build, manifest.weights),
+    drafting = {"draft inputs": size} if (size := hidden_bytes(plans, manifest.hidden_size)) else {}
+    return {"weights": total_bytes(build, manifest.weights, on_host),
             "workspace": max(plan.workspace_bytes for plan in plans),
             "inputs": max(offsets(plan, width)["end"] for plan in plans),
-            "sampling": sum(array_bytes(manifest.vocab_size, slots, rows).values())}
+            "sampling": sum(array_bytes(manifest.vocab_size, slots, rows).values()), **drafting}
+
+
+def hidden_bytes(plans: Sequence[Plan], width: int) -> int:
+    """Bytes of the hidden states that the draft head reads, in bf16; 0 without a head."""
+    tokens = max((plan.tokens for plan in plans if plan.entry == "mtp"), default=0)
+    return -(-2 * width * tokens // LINE) * LINE
 
 
 def cache_groups(manifest: Manifest) -> dict[tuple[bool, int], list[tuple[str, str]]]:

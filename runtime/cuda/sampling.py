@@ -45,6 +45,13 @@ def write_choice(rows: np.ndarray, picks: Sequence[Pick | None]) -> None:
                                          params.frequency_penalty, params.presence_penalty)
 
 
+def write_likeliest(rows: np.ndarray, slots: Sequence[int]) -> None:
+    """Fill i32 [R, WIDTH]: the likeliest token of each row, as it is."""
+    rows[:len(slots)] = 0
+    rows[:len(slots), 0], rows[:len(slots), 1] = ON, slots
+    rows[:len(slots), 6:12].view(np.float32)[:] = (0.0, 1.0, 0.0, 1.0, 0.0, 0.0)
+
+
 def flags(pick: Pick) -> int:
     """What the kernels look at for a pick."""
     params = pick.request.params

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import mmap
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from qcn_compile.artifact import Plan
 from qcn_compile.errors import ArtifactError, UsageError
 from qcn_compile.runtime.cuda.device import CudaDevice
 from qcn_compile.runtime.weights import Report, blobs_in
@@ -17,11 +19,54 @@ PATTERN = 64 << 20
 CHUNK = 256 << 20
 
 
-def total_bytes(build: Path, spec: dict[str, Any]) -> int:
-    """Device bytes of all weights of a manifest."""
-    blobs = sum(_whole(row["bytes"]) for row in spec.get("blobs", {}).values())
-    late = sum(_whole(size) for row in spec.get("recipes", {}).values() for size in row["parts"].values())
-    return int(blobs + late) + sum((build / name).stat().st_size for name in spec["files"])
+def total_bytes(build: Path, spec: dict[str, Any], on_host: Collection[str] = ()) -> int:
+    """Device bytes of all weights of a manifest, but of the blobs that lie in host memory."""
+    blobs = sum(_whole(row["bytes"]) for name, row in spec.get("blobs", {}).items() if name not in on_host)
+    late = sum(_whole(size) for name, size in _late_sizes(spec).items() if name not in on_host)
+    files = sum((build / name).stat().st_size for name in spec["files"])
+    return int(blobs + late) + files - sum(size for name, (_, size) in _stored(build, spec).items() if name in on_host)
+
+
+def host_bytes(build: Path, spec: dict[str, Any], on_host: Collection[str]) -> int:
+    """Bytes of the blobs that lie in host memory."""
+    sizes = {**{name: row["bytes"] for name, row in spec.get("blobs", {}).items()}, **_late_sizes(spec),
+             **{name: size for name, (_, size) in _stored(build, spec).items()}}
+    return sum(int(sizes[name]) for name in on_host)
+
+
+def look_ups(plans: Sequence[Plan]) -> frozenset[str]:
+    """Blobs of which a step reads the rows of its tokens only: those that nothing but embeddings take."""
+    uses: dict[str, set[bool]] = {}
+    for launch in (launch for plan in plans for launch in plan.launches):
+        for arg in launch.args:
+            if arg.kind == "weight":
+                uses.setdefault(arg.name, set()).add(launch.op.startswith("embedding "))
+    return frozenset(name for name, kinds in uses.items() if kinds == {True})
+
+
+def _late_sizes(spec: dict[str, Any]) -> dict[str, int]:
+    return {f"{name}.{part}": size for name, row in spec.get("recipes", {}).items()
+            for part, size in row["parts"].items()}
+
+
+def _stored(build: Path, spec: dict[str, Any]) -> dict[str, tuple[int, int]]:
+    """Blob -> where it starts in its file, and its bytes up to the next one."""
+    found: dict[str, tuple[int, int]] = {}
+    for file in spec["files"]:
+        data = _mapped(build / file)
+        found |= _extents(blobs_in(build / file, data), len(data))
+    return found
+
+
+def _extents(starts: dict[str, int], end: int) -> dict[str, tuple[int, int]]:
+    places = sorted(starts.items(), key=lambda item: item[1])
+    ends = [start for _, start in places[1:]] + [end]
+    return {name: (start, stop - start) for (name, start), stop in zip(places, ends, strict=True)}
+
+
+def _mapped(path: Path) -> np.ndarray:
+    with path.open("rb") as handle:
+        return np.frombuffer(mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
 
 
 def _whole(nbytes: int) -> int:
@@ -30,14 +75,20 @@ def _whole(nbytes: int) -> int:
 
 
 class DeviceWeights:
-    """Blob name -> device address. `model` is the checkpoint that late weights are bound from."""
+    """Blob name -> the address a kernel reads it at. `model` is the checkpoint that late weights are bound from.
+
+    Blobs named in `on_host` lie in pinned host memory, which kernels read over the bus.
+    """
 
     def __init__(self, build: Path, spec: dict[str, Any], device: CudaDevice, model: Path | None = None,
-                 report: Report | None = None) -> None:
+                 report: Report | None = None, on_host: Collection[str] = ()) -> None:
         self._device, self._report = device, report or (lambda what, done, total: None)
-        self.nbytes = total_bytes(build, spec)
+        self.on_host = frozenset(on_host)
+        self.nbytes = total_bytes(build, spec, on_host)
+        self.host_bytes = host_bytes(build, spec, on_host)
         self._done = 0
         self._addresses: dict[str, int] = {}
+        self._host: dict[str, np.ndarray] = {}
         for name in spec["files"]:
             self._file(build / name)
         if spec["mode"] == "dummy":
@@ -59,27 +110,50 @@ class DeviceWeights:
 
     def replace(self, name: str, data: np.ndarray) -> None:
         """Other contents for a blob, as many bytes."""
-        self._device.upload(self.address(name), data.view(np.uint8))
+        self._fill(name, data.view(np.uint8))
 
     def _advance(self, nbytes: int) -> None:
         self._done += nbytes
-        self._report("loading weights", self._done, self.nbytes)
+        self._report("loading weights", self._done, self.nbytes + self.host_bytes)
+
+    def _fill(self, name: str, data: np.ndarray) -> None:
+        """Contents of a blob that has its place."""
+        if name in self._host:
+            self._host[name][:len(data)] = data
+        else:
+            self._device.upload(self.address(name), data)
+
+    def _take_host(self, name: str, nbytes: int) -> None:
+        self._host[name], self._addresses[name] = self._device.mapped(nbytes)
 
     def _file(self, path: Path) -> None:
-        with path.open("rb") as handle:
-            data = np.frombuffer(mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
-        base = self._device.allocate(len(data))
-        for start in range(0, len(data), CHUNK):
-            piece = data[start:start + CHUNK]
-            self._device.upload(base + start, piece)
-            self._advance(len(piece))
-        for name, offset in blobs_in(path, data).items():
-            self._addresses[name] = base + offset
+        """A file as it is, but for blobs of the host: what follows them moves up."""
+        data = _mapped(path)
+        extents = _extents(blobs_in(path, data), len(data))
+        apart = sorted(extent for name, extent in extents.items() if name in self.on_host)
+        base = self._device.allocate(len(data) - sum(size for _, size in apart))
+        start = at = 0
+        for stop, skip in [*apart, (len(data), 0)]:
+            for piece in np.split(data[start:stop], range(CHUNK, stop - start, CHUNK)):
+                self._device.upload(base + at, piece)
+                self._advance(len(piece))
+                at += len(piece)
+            start = stop + skip
+        for name, (place, size) in extents.items():
+            if name in self.on_host:
+                self._take_host(name, size)
+                self._fill(name, data[place:place + size])
+                self._advance(size)
+            else:
+                self._addresses[name] = base + place - sum(size for start, size in apart if start < place)
 
     def _place(self, sizes: dict[str, int]) -> None:
-        """One allocation for blobs of those bytes."""
+        """One allocation for blobs of those bytes, and one for each of the host's."""
         offsets, at = {}, 0
         for name, nbytes in sizes.items():
+            if name in self.on_host:
+                self._take_host(name, nbytes)
+                continue
             offsets[name] = at
             at += _whole(nbytes)
         base = self._device.allocate(at)
@@ -93,6 +167,10 @@ class DeviceWeights:
             patterns[kind] = self._device.allocate(PATTERN)
             self._device.upload(patterns[kind], filling(kind, PATTERN))
         for number, (name, row) in enumerate(blobs.items()):
+            if name in self._host:
+                self._host[name][:] = np.resize(filling(row["fill"], min(PATTERN, row["bytes"])), row["bytes"])
+                self._advance(int(row["bytes"]))
+                continue
             at, left = self._addresses[name], int(row["bytes"])
             skip = 4096 * (number * 97 % 4096)  # blobs of one shape differ
             while left:
@@ -107,14 +185,14 @@ class DeviceWeights:
     def _late(self, recipes: dict[str, dict[str, Any]], model: Path) -> None:
         from qcn_compile.runtime.late_weights import Checkpoint, bound
 
-        self._place({f"{name}.{part}": size for name, row in recipes.items() for part, size in row["parts"].items()})
+        self._place(_late_sizes({"recipes": recipes}))
         checkpoint = Checkpoint(model)
         for name, row in recipes.items():
             for part, blob in bound(row, checkpoint).items():
                 if blob.nbytes != row["parts"][part]:
                     raise ArtifactError(f"{model}: {name} makes {blob.nbytes} bytes, the build expects "
                                         f"{row['parts'][part]}: another model than it was built for")
-                self._device.upload(self._addresses[f"{name}.{part}"], blob)
+                self._fill(f"{name}.{part}", blob)
                 self._advance(blob.nbytes)
 
 

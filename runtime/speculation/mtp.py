@@ -21,11 +21,12 @@ class DraftHead(Protocol):
     def draft_capacities(self) -> Sequence[Capacity]: ...
 
     def hidden(self) -> np.ndarray:
-        """Hidden states of the last main step, f32 [T, hidden], valid until the next step of any kind."""
+        """Hidden states of the last main step, [T, hidden] as the head reads them, valid until the next step of any
+        kind."""
         ...
 
-    def draft(self, spans: Sequence[Span], hidden: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Logits of the wanted rows, f32 [R, vocab], and all hidden states, f32 [T, hidden]; valid until the next."""
+    def draft(self, spans: Sequence[Span], hidden: np.ndarray, rounds: int = 1) -> np.ndarray:
+        """Likeliest tokens of the wanted rows, i32 [rounds, R]; each round goes on from the one before."""
         ...
 
 
@@ -98,13 +99,14 @@ class MtpDrafter:
         return follower is not None and bool(follower.waiting) and follower.known == len(request.tokens) - 1
 
     def _groups(self, indices: Sequence[int], asks: Sequence[tuple[Request, int]]) -> Iterator[list[int]]:
-        """Requests that one run of the head holds together."""
+        """Requests that one run of the head holds together: they want equally many tokens."""
         group: list[int] = []
         tokens = 0
-        for i in indices:
+        for i in sorted(indices, key=lambda i: asks[i][1]):
             follower = self._requests[asks[i][0].id]
             count = follower.known - follower.done
-            if group and (tokens + count > self._tokens or len(group) == self._width):
+            other = group and asks[group[0]][1] != asks[i][1]
+            if other or (group and (tokens + count > self._tokens or len(group) == self._width)):
                 yield group
                 group, tokens = [], 0
             group.append(i)
@@ -114,22 +116,11 @@ class MtpDrafter:
 
     def _draft(self, group: list[int], asks: Sequence[tuple[Request, int]], found: list[list[int]]) -> None:
         """Rounds of one token for each request of a group; the first reads the waiting states, too."""
-        spans, states = [], []
-        for i in group:
-            request = asks[i][0]
-            span, rows = self._read(request, self._requests[request.id].known, 1)
-            spans.append(span)
-            states.append(rows)
-        hidden = np.concatenate(states)
-        for position in range(max(asks[i][1] for i in group)):
-            logits, after = self._head.draft(spans, hidden)
-            for i, row in zip(group, logits, strict=True):
-                found[i].append(int(row.argmax()))
-            ends = np.cumsum([len(span.tokens) for span in spans]) - 1
-            going = [n for n, i in enumerate(group) if asks[i][1] > position + 1]
-            hidden, group = after[ends[going]], [group[n] for n in going]
-            spans = [Span([found[i][-1]], len(asks[i][0].tokens) - 1 + position, spans[n].slot, spans[n].pages, 1)
-                     for n, i in zip(going, group, strict=True)]
+        read = [self._read(asks[i][0], self._requests[asks[i][0].id].known, 1) for i in group]
+        tokens = self._head.draft([span for span, _ in read], np.concatenate([rows for _, rows in read]),
+                                  asks[group[0]][1])
+        for i, column in zip(group, tokens.T, strict=True):
+            found[i] = column.tolist()
 
     def _catch_up(self, request: Request) -> None:
         """Read waiting states but the last, which the next draft starts from."""

@@ -108,17 +108,17 @@ FAMILIES = {
     "delta_norm": Family("delta_chunk", "o:bf16 w:f32 z:bf16 y:{Y} ys?NARROW:f32 counts:i32"),
     "rope_table": Family("attention", "positions:i32 inv_freq:f32 cos:f32 sin:f32 counts:i32"),
     "rope_append": Family("attention", "q:bf16 k:bf16 v:bf16 q_w?Q_NORM:f32 k_w?K_NORM:f32 cos:f32 sin:f32 y:bf16 "
-                                       f"keys:bf16 values:bf16 {_BATCH}"),
-    "attention_split": Family("attention", f"q:bf16 part:f32 score:f32 keys:bf16 values:bf16 {_BATCH}"),
+                                       f"keys:{{KV}} values:{{KV}} {_BATCH}"),
+    "attention_split": Family("attention", f"q:bf16 part:f32 score:f32 keys:{{KV}} values:{{KV}} {_BATCH}"),
     "attention_combine": Family("attention", "part:f32 score:f32 gate?GATE:bf16 y:{Y} ys?NARROW:f32 counts:i32"),
     "sample_blocks": Family("sample", f"{_LOGITS} top:f32 arg:i32 mass:f32 counts:i32"),
     "sample_shortlist": Family("sample", f"{_LOGITS} top:f32 value:f32 number:i32 found:i32 counts:i32"),
     "sample_pick": Family("sample", f"{_LOGITS} top:f32 arg:i32 mass:f32 value:f32 number:i32 found:i32 chosen:i32 "
                                     "last:i32 counts:i32"),
-    "attention_prefill": Family("attention_prefill", "q:bf16 gate?GATE:bf16 y:{Y} ys?NARROW:f32 keys:bf16 "
-                                                     f"values:bf16 {_BATCH}"),
+    "attention_prefill": Family("attention_prefill", "q:bf16 gate?GATE:bf16 y:{Y} ys?NARROW:f32 keys:{KV} "
+                                                     f"values:{{KV}} {_BATCH}"),
 }
-HIDDEN = ("W", "A", "B", "X", "Y", "R", "ADDEND")  # parameters that only say what a pointer is
+HIDDEN = ("W", "KV", "A", "B", "X", "Y", "R", "ADDEND")  # parameters that only say what a pointer is
 
 
 def options(kernel: Kernel) -> dict[str, int]:

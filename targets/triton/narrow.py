@@ -62,7 +62,7 @@ def narrow_delta_net(*operands: Any, **attrs: Any) -> tuple[Tensor, Tensor]:
     return narrow(delta_net(*operands, **attrs))
 
 
-@op("narrow_attention", "q, gate?, batch", scale=float, state=None, effects=_ATTENTION.effects, flops=_ATTENTION.flops,
+@op("narrow_attention", "q, gate?, batch", scale=float, state=None, stored=None, effects=_ATTENTION.effects, flops=_ATTENTION.flops,
     infer=lambda *types, **attrs: codes_of(_ATTENTION.infer(*types, **attrs)))  # type: ignore[arg-type]
 def narrow_attention(q: Tensor, gate: Tensor | None, batch: Batch, **attrs: Any) -> tuple[Tensor, Tensor]:
     """(codes, scales) of paged_attention of the same operands."""

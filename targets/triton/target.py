@@ -66,10 +66,11 @@ class GpuTarget:
         return packing.sizes(layout, encoding, shape)
 
     def cache_unit(self, state: StateType, page_size: int) -> tuple[tuple[int, ...], int]:
-        """kv bf16: ([heads, page, dim], bytes of keys and values); conv bf16: [RING, C]; delta f32: [Hv, Dk, Dv]."""
+        """kv bf16 or e4m3: ([heads, page, dim], bytes of keys and values); conv bf16: [RING, C]; delta f32:
+        [Hv, Dk, Dv]."""
         if state.kind is StateKind.kv:
             heads, dim = state.shape
-            return (heads, page_size, dim), 2 * 2 * heads * dim * page_size
+            return (heads, page_size, dim), 2 * heads * dim * page_size * state.dtype.bits // 8
         if state.kind is StateKind.conv:
             if state.shape[1] >= TAPS:
                 raise LoweringError(f"a convolution over {state.shape[1] + 1} tokens: the GPU kernels hold {TAPS}")

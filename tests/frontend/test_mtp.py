@@ -126,3 +126,18 @@ def test_copies_of_shared_tensors_and_further_layers_are_ignored(heads, tmp_path
     assert audit(source).ignored == {
         "shared with the main model": ["mtp.embed_tokens.weight"],
         "of draft layers beyond the first": ["mtp.layers.1.self_attn.k_proj.weight"]}
+
+
+def test_a_build_without_weights_finds_the_heads_under_their_published_names(heads, traced):
+    """What qcn-run binds later from the checkpoint is what the compiler would have copied."""
+    from qcn_compile.lowering.late import _step
+    from qcn_compile.runtime import late_weights
+
+    stored = late_weights.Checkpoint(heads[2])
+    names = traced.weights.draft_names
+    used = [op for op in traced.mtp.ops if op.name == "weight" and op.attrs["name"] in names]
+    assert len(used) == len(names) > 10
+    for op in used:
+        found = late_weights._weight({**_step(op, names), "args": []}, stored)
+        want = traced.weights.get(op.attrs["name"]).float().numpy()
+        assert (found.wide() == want).all(), op.attrs["name"]

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE.parent / "targets" / "triton"), str(HERE)]
+sys.path[:0] = [str(HERE.parent / "targets" / "triton"), str(HERE), str(HERE.parent / "e2e")]
 OUT = Path(".gpu")
 PROMPTS = ["def fib(n):", "import os\n", "class Stack:\n    def __init__(self):", "for i in range(10):\n    print(",
            "# sort a list\n", "def add(a, b):\n    return", "while True:", "x = [1, 2, 3]\ny =", "try:\n    open(",
@@ -49,6 +49,28 @@ def reference(model: Path) -> None:
     (OUT / "reference.json").write_text(json.dumps([{"prompt": ids, "new": new} for ids, new, _ in rows]))
 
 
+def long(model: Path) -> None:
+    """Twenty prompts and 256 greedy tokens each of the CPU's fp32 build, which are transformers' own."""
+    import torch
+    from test_parity import PROMPTS as LONG
+    from transformers import AutoModelForCausalLM
+
+    from qcn_compile import compile, load
+
+    compile(model, "cpu", OUT / "cpu-fp32", dtype="fp32", quant="none", force=True)
+    original = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="eager").eval()
+    rows = []
+    with load(OUT / "cpu-fp32") as cpu, torch.no_grad():
+        for prompt in LONG:
+            ids = cpu.encode(prompt)
+            stream = cpu.generate(ids, temperature=0.0, max_tokens=256, ignore_eos=True)
+            new = [token for output in stream for token in output.token_ids]
+            logits = original(torch.tensor([ids + new]), use_cache=False).logits[0, len(ids) - 1:-1]
+            assert logits.argmax(-1).tolist() == new, prompt
+            rows.append({"prompt": ids, "new": new})
+    (OUT / "long.json").write_text(json.dumps(rows))
+
+
 def _unfused(target: str) -> None:
     """The full build again, with norms in launches of their own: what fusing them is worth."""
     from unittest import mock
@@ -65,18 +87,23 @@ def main() -> None:
     from qcn_compile import compile
 
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("parts", nargs="*", default=["reference", "tiny", "full", "cases"])
+    parser.add_argument("parts", nargs="*", default=["reference", "long", "tiny", "full", "cases"])
     parser.add_argument("--target", default="h200")
     parser.add_argument("--model", type=Path, default=Path("qcn_compile/assets/tiny-coder"))
     args = parser.parse_args()
     OUT.mkdir(exist_ok=True)
     if "reference" in args.parts:
         reference(args.model)
+    if "long" in args.parts:
+        long(args.model)
     if "tiny" in args.parts:
+        compile(args.model, args.target, OUT / "tiny-mtp", quant="none", weights="late", mtp=True, force=True)
+        compile(args.model, args.target, OUT / "tiny-kv8", quant="none", weights="late", kv="fp8", force=True)
         for quant in ("none", "fp8"):
             compile(args.model, args.target, OUT / f"tiny-{quant}", quant=quant, weights="late", force=True)
     if "full" in args.parts:
         compile(None, args.target, OUT / "full", weights="dummy", quant="fp8", force=True)
+        compile(None, args.target, OUT / "full-mtp", weights="dummy", quant="fp8", mtp=True, force=True)
         _unfused(args.target)
     if "cases" in args.parts:
         cases(args.target)

@@ -224,11 +224,11 @@ def _tuned(model: Any, best: dict[str, Any]) -> None:
     executable, device = model.executable, model._device
     plan = executable.plan("decode-1")
     device.load(BUILDS / "kernels", {v.kernel.symbol for v in best.values()})
-    prepared = executable._launches[plan.name]
+    prepared = executable._launches[plan.key]
     for i, launch in enumerate(plan.launches):
         if (v := best.get(launch.kernel)) is not None:
             prepared[i] = device.prepare(v.kernel.symbol, v.grid, [int(n) for n in prepared[i].values[:-2]])
-    executable._graphs[plan.name] = executable._capture(plan)
+    executable._graphs[plan.key] = executable._capture(plan)
     _report(model, "full, fastest variants", "decode-1", 1)
 
 

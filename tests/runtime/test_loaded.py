@@ -117,3 +117,8 @@ def test_a_build_without_tokenizer_takes_ids_only(toy_copy, reseal):
 def test_describe(model):
     text = model.describe()
     assert text.startswith("4 plans, 1 threads, weights 0.0 MB") and "128 pages x 4 = 512 tokens" in text
+
+
+def test_a_cpu_build_has_no_table_to_move(toy_build):
+    with pytest.raises(UsageError, match="--embedding-on-host: a CPU build's weights lie in host memory anyway"):
+        load(toy_build, embedding_on_host=True)

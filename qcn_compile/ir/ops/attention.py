@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qcn_compile.ir.batch import Batch
+from qcn_compile.ir.batch import TORCH, Batch
 from qcn_compile.ir.ops.norm import rms
 from qcn_compile.ir.optable import op, same
 from qcn_compile.ir.types import DType, TensorType, size_of
@@ -39,7 +39,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def attend(q: Tensor, k: Tensor, v: Tensor, context: int, scale: float, causal: bool = True) -> Tensor:
     """softmax(scale q k^T) v of one sequence; query i sees keys 0..context+i. q [n,Hq,D], k, v [m,Hkv,D] -> q-like."""
     repeat = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(repeat, 1).to(q.dtype), v.repeat_interleave(repeat, 1).to(q.dtype)
+    k, v = k.to(q.dtype).repeat_interleave(repeat, 1), v.to(q.dtype).repeat_interleave(repeat, 1)
     scores = torch.einsum("nhd,mhd->hnm", q, k) * scale
     if causal:
         limit = context + torch.arange(q.shape[0])[:, None]
@@ -66,10 +66,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, batch: Batch, *, scale: float, ca
     return out
 
 
-@op("rope_append", "q, k, v, q_w?, k_w?, cos, sin, batch", eps=float, state=None, effects={"state": "w"}, infer=same())
+@op("rope_append", "q, k, v, q_w?, k_w?, cos, sin, batch", eps=float, state=None, stored=None,
+    effects={"state": "w"}, infer=same())
 def rope_append(q: Tensor, k: Tensor, v: Tensor, q_w: Tensor | None, k_w: Tensor | None, cos: Tensor, sin: Tensor,
-                batch: Batch, *, eps: float, state: str | None = None) -> Tensor:
-    """Per-head RMS norm of q and k (when a weight is given), rotary embedding of both, k and v appended to the cache.
+                batch: Batch, *, eps: float, state: str | None = None, stored: str | None = None) -> Tensor:
+    """Per-head RMS norm of q and k (when a weight is given), rotary embedding of both, k and v appended to the cache,
+    in the type `stored` if that is given, else as they are.
 
     q [T, Hq, D], k, v [T, Hkv, D], q_w, k_w [D], cos, sin f32 [T, R/2] -> the query, [T, Hq, D].
     """
@@ -79,8 +81,13 @@ def rope_append(q: Tensor, k: Tensor, v: Tensor, q_w: Tensor | None, k_w: Tensor
         k = rms(k, k_w, eps).to(k.dtype)
     q, k = rope(q, cos, sin), rope(k, cos, sin)
     for span in batch.spans():
-        batch.append_kv(state or "", span, k[span.start:span.stop], v[span.start:span.stop])
+        rows = slice(span.start, span.stop)
+        batch.append_kv(state or "", span, _kept(k[rows], stored), _kept(v[rows], stored))
     return q
+
+
+def _kept(x: Tensor, stored: str | None) -> Tensor:
+    return x if stored is None else x.to(TORCH[stored])
 
 
 def _paged(q: TensorType, *_: object, **__: object) -> TensorType:
@@ -88,8 +95,10 @@ def _paged(q: TensorType, *_: object, **__: object) -> TensorType:
     return TensorType(q.dtype, (q.shape[0], int(heads) * int(dim)))  # type: ignore[arg-type]
 
 
-@op("paged_attention", "q, gate?, batch", scale=float, state=None, effects={"state": "r"}, flops=_flops, infer=_paged)
-def paged_attention(q: Tensor, gate: Tensor | None, batch: Batch, *, scale: float, state: str | None = None) -> Tensor:
+@op("paged_attention", "q, gate?, batch", scale=float, state=None, stored=None, effects={"state": "r"},
+    flops=_flops, infer=_paged)
+def paged_attention(q: Tensor, gate: Tensor | None, batch: Batch, *, scale: float, state: str | None = None,
+                    stored: str | None = None) -> Tensor:
     """Causal attention over the cached keys and values, then the output gate: o * sigmoid(gate).
 
     q [T, Hq, D], gate [T, Hq*D] -> [T, Hq*D]. This step's keys are in the cache already (`rope_append`).

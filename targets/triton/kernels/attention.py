@@ -59,10 +59,11 @@ def rope_append(q, k, v, q_w, k_w, cos, sin, y, keys, values, token_seq, cu, con
         elif h < HQ + HKV:
             at = ((page * HKV + h - HQ) * PAGE + position % PAGE) * D
             out = normed_roped(k + t * SK + (h - HQ) * D, k_w, cos + t * HALF, sin + t * HALF, d, D, HALF, EPS, K_NORM)
-            tl.store(keys + at + d, out.to(tl.bfloat16), mask=d < D)
+            tl.store(keys + at + d, rounded(out).to(keys.dtype.element_ty), mask=d < D)
         else:
             at = ((page * HKV + h - HQ - HKV) * PAGE + position % PAGE) * D
-            tl.store(values + at + d, tl.load(v + t * SV + (h - HQ - HKV) * D + d, mask=d < D), mask=d < D)
+            value = tl.load(v + t * SV + (h - HQ - HKV) * D + d, mask=d < D)
+            tl.store(values + at + d, value.to(values.dtype.element_ty), mask=d < D)
 
 
 @triton.jit
@@ -76,13 +77,13 @@ def page_rows(block_table, s, width, rows, inside, g, HKV: tl.constexpr, PAGE: t
 def attend(q, keys, values, at, inside, visible, top, total, acc, scale, d, D: tl.constexpr):
     """One tile of the online softmax: keys at cache rows `at`, `visible` [M, BS]; returns (top, total, acc)."""
     both = inside[:, None] & (d < D)[None, :]
-    k = tl.load(keys + at[:, None] * D + d[None, :], mask=both, other=0.0)
+    k = tl.load(keys + at[:, None] * D + d[None, :], mask=both, other=0.0).to(tl.bfloat16)
     scores = tl.where(visible, tl.dot(q, tl.trans(k)) * scale, float("-inf"))
     fresh = tl.maximum(top, tl.max(scores, 1))
     shift = tl.where(fresh > float("-inf"), fresh, 0.0)
     p = tl.exp(scores - shift[:, None])
     fade = tl.exp(top - shift)
-    v = tl.load(values + at[:, None] * D + d[None, :], mask=both, other=0.0)
+    v = tl.load(values + at[:, None] * D + d[None, :], mask=both, other=0.0).to(tl.bfloat16)
     acc = acc * fade[:, None] + tl.dot(p.to(tl.bfloat16), v)
     return fresh, total * fade + tl.sum(p, 1), acc
 

@@ -16,9 +16,9 @@ def page_tile(cache, block_table, first, rows, g, d, HKV: tl.constexpr, PAGE: tl
     page = tl.load(block_table + first + rows // PAGE).to(tl.int64)
     at = cache + ((page * HKV + g) * PAGE + rows % PAGE)[:, None] * D + d[None, :]
     if D == BD:
-        return tl.load(at)
+        return tl.load(at).to(tl.bfloat16)
     else:
-        return tl.load(at, mask=(d < D)[None, :], other=0.0)
+        return tl.load(at, mask=(d < D)[None, :], other=0.0).to(tl.bfloat16)
 
 
 @triton.jit

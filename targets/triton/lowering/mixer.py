@@ -48,7 +48,12 @@ def rope_append(site: Site) -> list[Call]:
     return [call("rope_append", args, (site.capacity(site.operand(0).type.shape), heads + 2 * kv_heads), HQ=heads,
                  HKV=kv_heads, D=dim, BD=power(dim), HALF=inner(site.operand(5).type.shape), PAGE=site.page,
                  SQ=site.stride(0), SK=site.stride(1), SV=site.stride(2), EPS=site.real("eps"), Q_NORM=site.has(3),
-                 K_NORM=site.has(4), WARPS=1)]
+                 K_NORM=site.has(4), KV=_stored(site), WARPS=1)]
+
+
+def _stored(site: Site) -> str:
+    """The type of cached keys and values, as kernels name it."""
+    return {None: "bf16", "f8e4m3": "fp8"}[site.op.attrs.get("stored")]  # type: ignore[index]
 
 
 def _appended_heads(site: Site) -> int:
@@ -73,7 +78,8 @@ def paged_attention(site: Site) -> list[Call]:
     wide = power(dim, 16)
     shared: dict[str, Param] = {"HQ": heads, "D": dim, "BD": wide}
     gated: dict[str, Param] = {"SG": site.stride(1) if gate else 0, "GATE": bool(gate)}
-    caches: dict[str, Param] = {"HKV": kv_heads, "PAGE": site.page, "SQ": site.stride(0), "SCALE": site.real("scale")}
+    caches: dict[str, Param] = {"HKV": kv_heads, "PAGE": site.page, "SQ": site.stride(0), "SCALE": site.real("scale"),
+                                "KV": _stored(site)}
     pages = [state("state", "k"), state("state", "v")]
     group = power(heads // kv_heads)
     if site.bucket.sequences < site.bucket.tokens:  # prompts share their keys among many tokens

@@ -11,6 +11,7 @@ from qcn_compile.runtime.engine import Engine, EngineConfig
 from qcn_compile.runtime.prefix.cache import PrefixCache
 from qcn_compile.runtime.prefix.policy import SnapshotPolicy
 from qcn_compile.runtime.prefix.rows import CacheRows
+from qcn_compile.runtime.speculation.chain import in_turn
 from qcn_compile.runtime.speculation.mtp import MtpDrafter
 from qcn_compile.runtime.speculation.ngram import LookupDrafter
 from qcn_compile.runtime.speculation.speculation import Speculation
@@ -79,7 +80,10 @@ class HashingHead(Hashing):
     def hidden(self):
         return np.array(self.after, np.int64).reshape(-1, 1)
 
-    def draft(self, spans, hidden):
+    def draft(self, spans, hidden, rounds=1):
+        return in_turn(self.once, spans, hidden, rounds)
+
+    def once(self, spans, hidden):
         wanted = sum(s.wanted for s in spans)
         assert len(hidden) == sum(len(s.tokens) for s in spans)
         assert any(c.holds(len(hidden), len(spans), wanted) for c in self.draft_capacities)
@@ -94,7 +98,7 @@ class HashingHead(Hashing):
                     rows.append(row_of(after[-1]))
             pairs = self.pairs[span.pages].reshape(-1, 2)[:span.context + len(span.tokens)].tolist()
             self.breaks += sum(roll(*old) != new[0] for old, new in pairwise(pairs))
-        return np.array(rows, np.float32).reshape(len(rows), VOCAB), np.array(after, np.int64).reshape(-1, 1)
+        return np.array(rows).reshape(len(rows), VOCAB).argmax(-1), np.array(after, np.int64).reshape(-1, 1)
 
 
 def policy(**fields):

@@ -166,29 +166,32 @@ def attentions() -> list[Trialled]:
     table.op("rope_table", [table.input("positions", "i32[T]", ints=(0, 5000)), table.weight("f", (9,), scale=1.0)],
              scaling=1.25)
     found = [(table, MANY[:1])]
-    for bucket, (hq, hkv, dim, half, norms, gate) in ((DECODE_1, (4, 2, 32, 4, True, True)),
-                                                      (DECODE_8, (6, 1, 16, 8, False, False)),
-                                                      (DECODE_8, (4, 2, 32, 4, True, True)),
-                                                      (DECODE_64, (4, 2, 32, 4, True, True)),
-                                                      (PREFILL, (4, 2, 32, 4, True, True)),
-                                                      (PREFILL, (3, 3, 24, 5, True, False)),
-                                                      (LONG, (8, 1, 16, 4, True, True))):
-        case = Case(f"attention {hq}/{hkv} of {dim} {bucket.name}", bucket)
-        _attention(case, hq, hkv, dim, half, norms, gate, "paged_attention")
-        if bucket is LONG:  # more keys share the weight, so the query's rounding to bf16 shows
-            case.tolerance = 0.01
-        found.append((case, [Ragged((40, 1, 30), (0, 5, 100))] if bucket is LONG else BATCHES[bucket.name]))
+    sizes = ((DECODE_1, (4, 2, 32, 4, True, True)), (DECODE_8, (6, 1, 16, 8, False, False)),
+             (DECODE_8, (4, 2, 32, 4, True, True)), (DECODE_64, (4, 2, 32, 4, True, True)),
+             (PREFILL, (4, 2, 32, 4, True, True)), (PREFILL, (3, 3, 24, 5, True, False)),
+             (LONG, (8, 1, 16, 4, True, True)))
+    for dtype in (DType.bf16, DType.f8e4m3):
+        for bucket, (hq, hkv, dim, half, norms, gate) in sizes if dtype is DType.bf16 else (*sizes[:1], *sizes[2:5]):
+            name = f"attention {hq}/{hkv} of {dim} {'fp8 cache ' * (dtype is DType.f8e4m3)}{bucket.name}"
+            case = Case(name, bucket)
+            _attention(case, hq, hkv, dim, half, norms, gate, "paged_attention", dtype)
+            if bucket is LONG:  # more keys share the weight, so the query's rounding to bf16 shows
+                case.tolerance = 0.01
+            if dtype is DType.f8e4m3:  # a value between two codes may take either
+                case.tolerance = 0.05
+            found.append((case, [Ragged((40, 1, 30), (0, 5, 100))] if bucket is LONG else BATCHES[bucket.name]))
     return found
 
 
-def _attention(case: Case, hq: int, hkv: int, dim: int, half: int, norms: bool, gate: bool, name: str) -> None:
-    kv = case.state("kv", StateKind.kv, DType.bf16, (hkv, dim))
+def _attention(case: Case, hq: int, hkv: int, dim: int, half: int, norms: bool, gate: bool, name: str,
+               cache: DType = DType.bf16) -> None:
+    kv, stored = case.state("kv", StateKind.kv, cache, (hkv, dim)), {} if cache is DType.bf16 else {"stored": cache.value}
     q, k, v = (case.input(n, f"bf16[T,{h},{dim}]", more=8) for n, h in (("q", hq), ("k", hkv), ("v", hkv)))
     norm = [case.weight("q_w", (dim,), scale=1.0), case.weight("k_w", (dim,), scale=1.0)] if norms else [None, None]
     cos, sin = case.input("cos", f"f32[T,{half}]"), case.input("sin", f"f32[T,{half}]")
-    query = case.op("rope_append", [q, k, v, *norm, cos, sin, case.batch], eps=1e-6, state=kv)
+    query = case.op("rope_append", [q, k, v, *norm, cos, sin, case.batch], eps=1e-6, state=kv, **stored)
     g = case.input("g", f"bf16[T,{hq * dim}]", more=8) if gate else None
-    case.op(name, [query, g, case.batch], scale=dim ** -0.5, state=kv)
+    case.op(name, [query, g, case.batch], scale=dim ** -0.5, state=kv, **stored)
 
 
 def every() -> list[Trialled]:

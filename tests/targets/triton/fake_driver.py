@@ -77,6 +77,9 @@ class FakeDriver:
     def _cuMemHostAlloc(self, nbytes: int, flags: int) -> tuple[Any, ...]:
         return Result.CUDA_SUCCESS, self._take(nbytes)
 
+    def _cuMemHostGetDevicePointer(self, pointer: int, flags: int) -> tuple[Any, ...]:
+        return Result.CUDA_SUCCESS, pointer
+
     def _copy(self, to: int, source: int, nbytes: int, *stream: Any) -> tuple[Any, ...]:
         ctypes.memmove(to, source, nbytes)
         return (Result.CUDA_SUCCESS,)

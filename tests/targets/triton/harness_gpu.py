@@ -13,6 +13,7 @@ import torch
 from qcn_compile.ir import ops as _ops  # noqa: F401  (fills the op table)
 from qcn_compile.ir.batch import Batch, Caches
 from qcn_compile.ir.encoding import Encoding, dequantize, from_bf16, quantize, to_bf16
+from qcn_compile.ir.fp8 import VALUES
 from qcn_compile.ir.graph import Location, Op, Value
 from qcn_compile.ir.optable import TABLE
 from qcn_compile.ir.types import BatchType, DType, StateKind, StateRef, StateType, TensorType, parse_type
@@ -197,20 +198,23 @@ class Trial:
             self._store(f"input {name}", np.asarray(data, np.int32))
 
     def _draw_states(self) -> None:
-        wide = {n: StateType(s.kind, DType.f32, s.shape) for n, s in self.case.states.items()}
+        wide = {n: StateType(s.kind, s.dtype if s.dtype is DType.f8e4m3 else DType.f32, s.shape)
+                for n, s in self.case.states.items()}
         self.caches = Caches(wide, self.slots, self.pages, self.target.page_size)
         for name, state in self.case.states.items():
             for index, store in enumerate(self.caches.data[name]):
                 data = self.rng.standard_normal(tuple(store.shape)).astype(np.float32)
                 if state.dtype is DType.bf16:
                     data = from_bf16(to_bf16(data))
+                elif state.dtype is DType.f8e4m3:
+                    data = torch.from_numpy(data).to(torch.float8_e4m3fn).float().numpy()
                 if state.kind is StateKind.conv:
                     for s, slot in enumerate(self.arrays["slots"]):  # before the first token there were zeros
                         data[slot, :, :max(0, 3 - self.ragged.context(s))] = 0
                 store.copy_(torch.from_numpy(data))
                 part = "kv"[index] if state.kind is StateKind.kv else ""
                 native = self._native(state, part, data)
-                self._store(f"state {name} {part}", to_bf16(native) if state.dtype is DType.bf16 else native)
+                self._store(f"state {name} {part}", _stored(native, state.dtype))
         block_tables = [[int(p) for p in row] for row in np.asarray(self.arrays["block_table"])]
         self.batch = Batch(*([int(i) for i in self.arrays[n]] for n in ("cu_seqlens", "context_lens", "slots")),
                            block_tables, self.caches)
@@ -299,7 +303,7 @@ class Trial:
         if type_.dtype is DType.bf16:
             return from_bf16(line.view(np.uint16)).reshape(shape)
         if type_.dtype is DType.f8e4m3:
-            return torch.from_numpy(line.copy()).view(torch.float8_e4m3fn).float().numpy().reshape(shape)
+            return VALUES[line].reshape(shape)
         return line.view(np.int32 if type_.dtype is DType.i32 else np.float32).reshape(shape)
 
     def caches_after(self, after: dict[str, np.ndarray]) -> list[tuple[str, np.ndarray, np.ndarray]]:
@@ -311,7 +315,7 @@ class Trial:
                 part = "kv"[index] if state.kind is StateKind.kv else ""
                 units = (self.pages if part else self.slots, *shape)
                 got = self._read(after[f"state {name} {part}"], TensorType(state.dtype, units))
-                want = store.numpy()
+                want = store.float().numpy()
                 if part:
                     keep = self._positions(1)
                     got, want = got.swapaxes(1, 2)[keep], want[keep]
@@ -330,6 +334,13 @@ class Trial:
                 got.append(ring[slot, row])
                 kept.append(want[slot, :, column])
         return np.array(got), np.array(kept)
+
+
+def _stored(data: np.ndarray, dtype: DType) -> np.ndarray:
+    """f32 as a cache of that type holds it."""
+    if dtype is DType.f8e4m3:
+        return torch.from_numpy(np.ascontiguousarray(data)).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+    return to_bf16(data) if dtype is DType.bf16 else data
 
 
 def _encoded(data: np.ndarray, encoding: Encoding) -> np.ndarray:

@@ -82,7 +82,7 @@ def test_a_step_may_start_before_the_last_is_read(fake: FakeDriver, tmp_path: Pa
     asked = request(1, seed=7, top_k=3, presence_penalty=0.5, logit_bias={2: 1.5})
     first = executable.launch([span], [Pick(asked, 4, 7, None, fresh=True)])
     second = executable.launch([span], [None])
-    a, b = (stage.arrays["decode-2"].arrays for stage in executable._stages)
+    a, b = (stage.arrays["main-decode-2"].arrays for stage in executable._stages)
     assert a["tokens"][0] == b["tokens"][0] == -2 and a["tokens"].ctypes.data != b["tokens"].ctypes.data
     row = next(c["choice"].reshape(-1, 16)[0] for c in (a, b) if c["choice"][0])
     assert row[:6].tolist() == [7, 1, 3, 7, 0, 4] and row[6:12].view(np.float32).tolist() == [1, 1, 0, 1, 0, 0.5]
