@@ -35,6 +35,8 @@ def parser() -> argparse.ArgumentParser:
                      help="format of the big weights (default: auto); the last three, experts in 4 bits and the rest "
                      "in fp8, can be planned so far, not built")
     top.add_argument("--activations", choices=["fp32", "int8"], help="dtype quantised weights are multiplied with")
+    top.add_argument("--mamba-ssm-dtype", choices=["float32", "bfloat16"],
+                     help="type of DeltaNet states (default: the checkpoint's, else float32); bfloat16 for CPU targets")
     top.add_argument("--context-length", type=int, help="longest sequence (default: the model's limit)")
     top.add_argument("--weights", choices=["copied", "late", "dummy"],
                      help="copied into the build (default), bound from the checkpoint by qcn-run --model (late), or "
@@ -83,7 +85,8 @@ def _run(args: argparse.Namespace) -> int:
     tracing = Tracing(args.verify, tuple(filter(None, [args.print_ir_after])), args.dump_dir, args.stop_after)
     options = Options(dtype=args.dtype, quant=args.quant, activations=args.activations, mcpu=args.mcpu,
                       context_length=args.context_length, mtp=args.mtp, weights=args.weights, force=args.force,
-                      tracing=tracing, disabled=tuple(args.disable_pass), plugins=tuple(args.plugin))
+                      states=args.mamba_ssm_dtype, tracing=tracing,
+                      disabled=tuple(args.disable_pass), plugins=tuple(args.plugin))
     if args.stop_after:
         return _stop_after(args, options)
     built = compile(args.model, args.target, args.output, options, None if args.json else progress_bars())
@@ -120,7 +123,7 @@ def summary(built: Built) -> str:
               f"{sum(built.seconds.values()):.1f} s"]
     lines += [f"  {key:15} {value:10} {decision.reasons.get(reason, '')}" for key, value, reason in [
         ("dtype", decision.base, "dtype"), ("quantisation", decision.format, "quant"),
-        ("activations", decision.activations, "activations"),
+        ("activations", decision.activations, "activations"), ("states", decision.states, "states"),
         ("context", str(decision.context_length), "context_length")]]
     lines += ["  " + ", ".join(f"{name} {seconds:.1f} s" for name, seconds in built.seconds.items())]
     return "\n".join([*lines, f"run it: qcn-run {built.path} --prompt 'def fib(n):'"])

@@ -49,6 +49,7 @@ class Options:
     activations: str | None = None
     context_length: int | None = None
     weights: str | None = None
+    states: str | None = None
     mcpu: str | None = None
     mtp: bool = False
     force: bool = False
@@ -142,7 +143,7 @@ def _front(model: str | Path | None, target: str, options: Options, clock: Clock
         traced = trace_model(located, DType(chosen.dtype))
         tell("trace", 1, 1)
     return chosen, located, traced, decide(traced, chosen, options.dtype, options.quant, options.activations,
-                                           options.context_length)
+                                           options.context_length, options.states)
 
 
 def _weights_mode(options: Options, target: Target, traced: Traced, located: Located) -> str:
@@ -175,7 +176,8 @@ def _optimise(graph: Graph, decision: Decision, context: PassContext, options: O
     if options.pipeline is not None:
         pipeline = Pipeline(list(options.pipeline.passes))
     else:
-        pipeline = Pipeline.default(base=decision.base, quant=decision.format, activations=decision.activations)
+        pipeline = Pipeline.default(base=decision.base, quant=decision.format, activations=decision.activations,
+                                    states=decision.states)
     for plugin in load_plugins(options.plugins):
         plugin.configure(pipeline)
     for name in options.disabled:

@@ -94,7 +94,8 @@ class Plans:
         """The last step's inputs name only tokens, pages and slots that exist."""
         arrays = self._inputs.arrays
         tokens, sequences, rows, width = (int(n) for n in arrays["counts"])
-        limits = {"tokens": (tokens, self._vocab), "slots": (sequences, self._memory.slots), "rows": (rows, tokens),
+        limits = {"tokens": (tokens, self._vocab), "slots": (sequences, self._memory.state_slots),
+                  "into": (sequences, self._memory.state_slots), "rows": (rows, tokens),
                   "block_table": (sequences * width, self._memory.pages)}
         for name, (count, limit) in limits.items():
             used, least = arrays[name][:count], self.least_token if name == "tokens" else 0

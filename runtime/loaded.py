@@ -276,7 +276,7 @@ def _speculation(options: SpeculationOptions | None, memory: MemoryPlan,
                          "otherwise use --speculative-algorithm ngram")
     mtp = options.algorithm == MTP and isinstance(executable, Executable)
     drafter = MtpDrafter(executable) if mtp else LookupDrafter()  # type: ignore[arg-type]
-    return Speculation(executable.rows, memory.slots + memory.snapshots, options.count, drafter)
+    return Speculation(memory.slots, options.count, drafter)
 
 
 def _no_text(token: int) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -145,6 +146,7 @@ class CudaExecutable(Plans):
     def launch(self, spans: Sequence[Span], picks: Sequence[Pick | None]) -> CudaStep:
         """Start a step; one pick a wanted row. The step before may still run. Raises as `run` does."""
         plan = self.select(*demand(spans))
+        spans = [self._moved(span) for span in spans]
         stage = self._stages[0]
         self._stages.reverse()
         self._device.activate()
@@ -164,6 +166,13 @@ class CudaExecutable(Plans):
         except DeviceError as error:
             raise self._stopped(plan, error) from None
         return CudaStep(self, plan, stage, rows)
+
+    def _moved(self, span: Span) -> Span:
+        """GPU kernels write a state where they read it: one that goes elsewhere is copied there first."""
+        if span.into is None:
+            return span
+        self.rows.copy_state(span.slot, span.into)
+        return replace(span, slot=span.into, into=None)
 
     def wait(self, plan: Plan, stage: Stage) -> None:
         """Until the last step from a stage has ended."""
