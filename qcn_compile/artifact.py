@@ -25,7 +25,7 @@ from typing import Any
 
 from qcn_compile.errors import ArtifactError, UsageError
 
-SCHEMA = 1
+SCHEMA = 2
 ALIGNMENT = 64
 FULL_HASH_LIMIT = 64 << 20  # larger files are checked by size at load; `verify(build, deep=True)` hashes everything
 
@@ -52,7 +52,8 @@ INPUTS = {
     "token_seq": "i32[T]: index of the sequence each token belongs to",
     "cu_seqlens": "i32[S+1]: first token of each sequence, then T",
     "context_lens": "i32[S]: tokens of the sequence already in the caches before this step",
-    "slots": "i32[S]: state slot of each sequence (conv and delta caches)",
+    "slots": "i32[S]: state slot of each sequence (conv and delta caches), as it was before this step",
+    "into": "i32[S]: the slot that each sequence's state is written to; CPU only",
     "block_table": "i32[S, width]: KV pages of each sequence, row-major",
     "rows": "i32[R]: tokens whose logits are wanted",
     "choice": "i32[R, 16]: how the device chooses each wanted row's token (GPU only, like what follows)",

@@ -37,6 +37,8 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--activations", choices=["fp32", "int8"], help="dtype quantised weights are multiplied with")
     top.add_argument("--kv-cache-dtype", choices=["auto", "bf16", "fp8", "fp8_e4m3"],
                      help="type that keys and values are cached in: fp8 (e4m3, GPU targets) halves them")
+    top.add_argument("--mamba-ssm-dtype", choices=["float32", "bfloat16"],
+                     help="type of DeltaNet states (default: the checkpoint's, else float32); bfloat16 for CPU targets")
     top.add_argument("--context-length", type=int, help="longest sequence (default: the model's limit)")
     top.add_argument("--weights", choices=["copied", "late", "dummy"],
                      help="copied into the build (default), bound from the checkpoint by qcn-run --model (late), or "
@@ -85,8 +87,8 @@ def _run(args: argparse.Namespace) -> int:
     tracing = Tracing(args.verify, tuple(filter(None, [args.print_ir_after])), args.dump_dir, args.stop_after)
     options = Options(dtype=args.dtype, quant=args.quant, activations=args.activations, mcpu=args.mcpu,
                       context_length=args.context_length, mtp=args.mtp, weights=args.weights, force=args.force,
-                      kv=args.kv_cache_dtype,
-                      tracing=tracing, disabled=tuple(args.disable_pass), plugins=tuple(args.plugin))
+                      states=args.mamba_ssm_dtype, kv=args.kv_cache_dtype, tracing=tracing,
+                      disabled=tuple(args.disable_pass), plugins=tuple(args.plugin))
     if args.stop_after:
         return _stop_after(args, options)
     built = compile(args.model, args.target, args.output, options, None if args.json else progress_bars())
@@ -123,7 +125,8 @@ def summary(built: Built) -> str:
               f"{sum(built.seconds.values()):.1f} s"]
     lines += [f"  {key:15} {value:10} {decision.reasons.get(reason, '')}" for key, value, reason in [
         ("dtype", decision.base, "dtype"), ("quantisation", decision.format, "quant"),
-        ("activations", decision.activations, "activations"), ("KV cache", decision.kv, "kv"),
+        ("activations", decision.activations, "activations"), ("states", decision.states, "states"),
+        ("KV cache", decision.kv, "kv"),
         ("context", str(decision.context_length), "context_length")]]
     lines += ["  " + ", ".join(f"{name} {seconds:.1f} s" for name, seconds in built.seconds.items())]
     return "\n".join([*lines, f"run it: qcn-run {built.path} --prompt 'def fib(n):'"])

@@ -50,6 +50,7 @@ class Options:
     context_length: int | None = None
     weights: str | None = None
     kv: str | None = None
+    states: str | None = None
     mcpu: str | None = None
     mtp: bool = False
     force: bool = False
@@ -143,7 +144,7 @@ def _front(model: str | Path | None, target: str, options: Options, clock: Clock
         traced = trace_model(located, DType(chosen.dtype), options.mtp and options.weights == "dummy")
         tell("trace", 1, 1)
     return chosen, located, traced, decide(traced, chosen, options.dtype, options.quant, options.activations,
-                                           options.context_length, options.kv)
+                                           options.context_length, options.states, options.kv)
 
 
 def _weights_mode(options: Options, target: Target, traced: Traced, located: Located) -> str:
@@ -177,7 +178,7 @@ def _optimise(graph: Graph, decision: Decision, context: PassContext, options: O
         pipeline = Pipeline(list(options.pipeline.passes))
     else:
         pipeline = Pipeline.default(base=decision.base, quant=decision.format, activations=decision.activations,
-                                    kv=None if decision.kv == "bf16" else decision.kv)
+                                    states=decision.states, kv=None if decision.kv == "bf16" else decision.kv)
     for plugin in load_plugins(options.plugins):
         plugin.configure(pipeline)
     for name in options.disabled:

@@ -23,13 +23,14 @@ from qcn_compile.passes.merge_linears import MergeLinears
 from qcn_compile.passes.select_kv import SelectKv
 from qcn_compile.passes.select_quantization import SelectQuantization
 from qcn_compile.passes.select_rows import SelectRows
+from qcn_compile.passes.select_states import SelectStates
 from qcn_compile.passes.shard import Shard
 from qcn_compile.plugins import home, op_at
 from qcn_compile.targets.registry import load_target
 
 
 def default_passes(base: str = "f32", quant: str = "none", activations: str = "f32",
-                   shard: Shard | None = None, kv: str | None = None) -> list[Pass]:
+                   shard: Shard | None = None, states: str = "f32", kv: str | None = None) -> list[Pass]:
     """The standard order; with `shard`, for one rank of several. kv: the type of cached keys and values, None: as they
     are computed."""
     return [
@@ -49,6 +50,7 @@ def default_passes(base: str = "f32", quant: str = "none", activations: str = "f
         *([shard] if shard is not None else []),  # whole heads and experts, before formats cut weights into blocks
         SelectQuantization(base=base, format=quant, group=128 if quant == "fp8" else 32, activations=activations),
         *([SelectKv(kv)] if kv is not None else []),
+        *([SelectStates(states)] if states != "f32" else []),
         MergeLinears(),  # after the formats: only weights stored alike can be one weight
         Canonicalize(),
     ]
@@ -74,15 +76,15 @@ class Pipeline:
 
     @staticmethod
     def default(target: str = "cpu", *, base: str | None = None, quant: str = "none", activations: str = "f32",
-                shard: Shard | None = None, kv: str | None = None) -> Pipeline:
+                shard: Shard | None = None, states: str = "f32", kv: str | None = None) -> Pipeline:
         """The standard pipeline of a target, as --target names it; with `shard`, for one rank of several.
 
         base: f32 or bf16, how unquantised weights are stored (None: the target's own dtype); quant: none, int8, int4 or
-        fp8; activations: f32 or int8; kv: as `default_passes`.
-        A build decides these by itself when it is given no pipeline.
+        fp8; activations: f32 or int8; states: f32 or bf16; kv: as `default_passes`. A build decides these itself when
+        given no pipeline.
         Raises UsageError for an unknown target.
         """
-        return Pipeline(default_passes(base or load_target(target).dtype, quant, activations, shard, kv))
+        return Pipeline(default_passes(base or load_target(target).dtype, quant, activations, shard, states, kv))
 
     def _index(self, name: str) -> int:
         for index, item in enumerate(self.passes):

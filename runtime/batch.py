@@ -26,7 +26,8 @@ class Capacity:
 class Span:
     """The tokens of one sequence in a step: `context` came before, the logits of the last `wanted` are returned.
 
-    pages: i32 [pages of the sequence], enough for context + tokens.
+    pages: i32 [pages of the sequence], enough for context + tokens. The state is read from `slot` and written to
+    `into`, where that is given, else back.
     """
 
     tokens: Sequence[int]
@@ -34,6 +35,12 @@ class Span:
     slot: int
     pages: np.ndarray
     wanted: int
+    into: int | None = None
+
+    @property
+    def target(self) -> int:
+        """The slot that the state is written to."""
+        return self.slot if self.into is None else self.into
 
 
 def demand(spans: Sequence[Span]) -> tuple[int, int, int]:
@@ -55,7 +62,8 @@ class InputArrays:
         tokens = max(c.tokens for c in capacities)
         sequences = max(c.sequences for c in capacities)
         return {"counts": 4, "tokens": tokens, "positions": tokens, "token_seq": tokens, "cu_seqlens": sequences + 1,
-                 "context_lens": sequences, "slots": sequences, "block_table": sequences * table_width,
+                 "context_lens": sequences, "slots": sequences, "into": sequences,
+                 "block_table": sequences * table_width,
                  "rows": max(c.rows for c in capacities)}
 
     def fill(self, spans: Sequence[Span]) -> int:
@@ -71,6 +79,7 @@ class InputArrays:
             arrays["cu_seqlens"][index] = start
             arrays["context_lens"][index] = span.context
             arrays["slots"][index] = span.slot
+            arrays["into"][index] = span.target
             arrays["block_table"][index * width:index * width + len(span.pages)] = span.pages
             arrays["rows"][rows:row] = np.arange(stop - span.wanted, stop)
             start, rows = stop, row

@@ -110,6 +110,8 @@ def find_checkpoint(arguments: argparse.Namespace) -> Checkpoint | None:
         flags.append("--mtp")
     if arguments.quantization is not None:
         flags += ["--quant", arguments.quantization]
+    if arguments.mamba_ssm_dtype is not None:
+        flags += ["--mamba-ssm-dtype", arguments.mamba_ssm_dtype]
     found = Checkpoint(str(given), tuple(flags))
     arguments.build = found.build
     arguments.served_model_name = arguments.served_model_name or found.names

@@ -15,7 +15,7 @@ from qcn_compile.errors import QcnError, UsageError
 from qcn_compile.runtime.checkpoint import Checkpoint, add_checkpoint_flags, find_checkpoint
 from qcn_compile.runtime.prefix.options import add_prefix_flags, prefix_options
 from qcn_compile.runtime.server.flags import add_server_flags, cache_budget
-from qcn_compile.runtime.server.sglang import add_sglang_flags, check_sglang_flags
+from qcn_compile.runtime.server.sglang import add_sglang_flags, check_sglang_flags, check_state_type
 from qcn_compile.runtime.speculation.options import add_speculation_flags, speculation_options
 
 if TYPE_CHECKING:
@@ -159,6 +159,7 @@ def _load(arguments: argparse.Namespace, checkpoint: Checkpoint | None) -> Model
     prefix, speculation = prefix_options(arguments), speculation_options(arguments)
     if checkpoint is not None:
         checkpoint.compile()
+    check_state_type(arguments.build, arguments.mamba_ssm_dtype)
     running, chunk = arguments.max_running_requests, arguments.prefill_chunk
     if running is None:
         running = RUNNING if arguments.port is None and arguments.batch is None else SERVED

@@ -187,11 +187,12 @@ class Engine:
 
     def _span(self, chunk: Chunk) -> Span:
         request = chunk.request
-        assert request.table is not None and request.slot is not None
+        assert request.table is not None and request.slot is not None and request.state is not None
         tokens = [*request.tokens[request.computed:request.computed + chunk.count], *chunk.drafts]
         if tokens[-1] == PENDING:
             tokens[-1] = -1 - request.slot
-        return Span(tokens, request.computed, request.slot, request.table.pages, chunk.rows)
+        into = self.speculation.other(request) if chunk.drafts and self.speculation is not None else None
+        return Span(tokens, request.computed, request.state, request.table.pages, chunk.rows, into)
 
     def _append(self, flight: Flight, chunk: Chunk, rows: range, tokens: np.ndarray,
                 logits: np.ndarray | None) -> Output:

@@ -96,7 +96,8 @@ class Plans:
         """The last step's inputs name only tokens, pages and slots that exist."""
         arrays = self._inputs.arrays
         tokens, sequences, rows, width = (int(n) for n in arrays["counts"])
-        limits = {"tokens": (tokens, self._vocab), "slots": (sequences, self._memory.slots), "rows": (rows, tokens)}
+        limits = {"tokens": (tokens, self._vocab), "slots": (sequences, self._memory.state_slots),
+                  "into": (sequences, self._memory.state_slots), "rows": (rows, tokens)}
         ends = arrays["context_lens"][:sequences] + np.diff(arrays["cu_seqlens"][:sequences + 1])
         filled = np.arange(width) < -(-ends[:, None] // self._memory.page_size)
         checks = [(name, arrays[name][:count], limit) for name, (count, limit) in limits.items()]

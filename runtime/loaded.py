@@ -279,7 +279,7 @@ def _speculation(options: SpeculationOptions | None, memory: MemoryPlan,
                          "(Qwen3-Next-80B-A3B has, Qwen3-Coder-Next ships none), build again with qcn-compile --mtp; "
                          "otherwise use --speculative-algorithm ngram")
     drafter = MtpDrafter(executable) if options.algorithm == MTP else LookupDrafter()
-    return Speculation(executable.rows, memory.slots + memory.snapshots, options.count, drafter)
+    return Speculation(memory.slots, options.count, drafter)
 
 
 def _no_text(token: int) -> bytes:

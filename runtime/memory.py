@@ -22,7 +22,7 @@ class MemoryPlan:
     """The caches of one loaded model. Bytes are reserved; only what requests fill is touched.
 
     slots: of running sequences. snapshots: slots besides, for cached prefixes. host_bytes: for more of these.
-    backups: slots besides, for states that refused drafts are rolled back to.
+    drafts: slots besides, a second one for each running sequence, which steps with drafts write to.
     """
 
     context_length: int
@@ -33,12 +33,17 @@ class MemoryPlan:
     state_bytes: int
     snapshots: int = 0
     host_bytes: int = 0
-    backups: int = 0
+    drafts: int = 0
+
+    @property
+    def state_slots(self) -> int:
+        """Slots that steps read and write: running sequences' first, then their second ones."""
+        return self.slots + self.drafts
 
     @property
     def all_slots(self) -> int:
-        """Running sequences', then snapshots', then backups."""
-        return self.slots + self.snapshots + self.backups
+        """Those of steps, then snapshots'."""
+        return self.state_slots + self.snapshots
 
     @property
     def tokens(self) -> int:
@@ -47,7 +52,7 @@ class MemoryPlan:
 
     def __str__(self) -> str:
         prefixes = f" + {self.snapshots} for cached prefixes" if self.snapshots else ""
-        prefixes += f" + {self.backups} for refused drafts" if self.backups else ""
+        prefixes += f" + {self.drafts} for drafts" if self.drafts else ""
         host = f", {self.host_bytes / 1e6:.1f} MB of host memory for prefixes" if self.host_bytes else ""
         contexts = min(self.slots, self.tokens // self.context_length)
         return (f"KV cache {self.pages} pages x {self.page_size} = {self.tokens} tokens ({self.kv_bytes / 1e6:.1f} MB)"
@@ -76,9 +81,9 @@ def plan_memory(manifest: Manifest, context_length: int | None, max_running: int
     limit = int(_memory_bytes() * DEFAULT_SHARE) if budget is None else budget
     if prefix is not None and prefix.states is not None:
         max_running = min(max_running, prefix.states)
-    backups = max_running if speculate else 0
-    snapshots = _snapshots(prefix, limit, slot_bytes, max_running + backups, each * page_bytes)
-    states = max_running + backups + snapshots
+    drafts = max_running if speculate else 0
+    snapshots = _snapshots(prefix, limit, slot_bytes, max_running + drafts, each * page_bytes)
+    states = max_running + drafts + snapshots
     left = limit - states * slot_bytes
     pages = min(max_running * each, left // page_bytes if page_bytes else max_running * each)
     if pages < each:
@@ -91,7 +96,7 @@ def plan_memory(manifest: Manifest, context_length: int | None, max_running: int
     if prefix is not None:
         host = int(_memory_bytes() * HOST_SHARE) if prefix.host_bytes is None else prefix.host_bytes
     return MemoryPlan(context, manifest.page_size, pages, max_running, pages * page_bytes,
-                      states * slot_bytes, snapshots, host, backups)
+                      states * slot_bytes, snapshots, host, drafts)
 
 
 def _snapshots(prefix: PrefixOptions | None, limit: int, slot_bytes: int, running: int, context_bytes: int) -> int:

@@ -116,6 +116,7 @@ class Request:
     cuts: Cuts = field(default_factory=Cuts)
     table: BlockTable | None = None
     slot: int | None = None
+    state: int | None = None
     last_served: int = -1
     preemptions: int = 0
     finish_reason: FinishReason | None = None

@@ -99,10 +99,11 @@ class Scheduler:
     def advance(self, chunk: Chunk, chosen: int = 0) -> None:
         """Record that a chunk was computed and, after it, `chosen` tokens were added: those of drafts only so far."""
         request = chunk.request
-        if self._speculation is not None and chosen and chosen <= len(chunk.drafts):
-            self._speculation.restore(request)
+        if chunk.drafts and chosen <= len(chunk.drafts):
             request.lag = request.remaining - 1
             return
+        if chunk.drafts and self._speculation is not None:
+            self._speculation.accept(request)
         request.computed += chunk.count + len(chunk.drafts)
         request.lag = 0
         if self._prefixes is not None and not chunk.samples:
@@ -231,7 +232,7 @@ class Scheduler:
             self._speculation.left(request)
         request.table.release()
         self._slots.release(request.slot)
-        request.table = request.slot = None
+        request.table = request.slot = request.state = None
         self.running.remove(request)
 
     def _prefills(self, chunks: list[Chunk], prompts: list[Request]) -> None:
@@ -263,7 +264,7 @@ class Scheduler:
         if not self._fits(request):
             return False
         request.table = BlockTable(self._pages, self.limits.page_size, self.limits.context_length)
-        request.slot = self._slots.acquire()
+        request.slot = request.state = self._slots.acquire()
         try:
             if self._prefixes is not None:
                 self._prefixes.resume(request)
@@ -271,7 +272,7 @@ class Scheduler:
         except CapacityError:  # the pages it was to share with others could not be
             request.table.release()
             self._slots.release(request.slot)
-            request.table = request.slot = None
+            request.table = request.slot = request.state = None
             request.computed = 0
             return False
         self.waiting.remove(request)

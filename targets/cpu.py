@@ -57,7 +57,7 @@ class CpuTarget:
         return packing.sizes(layout, encoding, shape)
 
     def cache_unit(self, state: StateType, page_size: int) -> tuple[tuple[int, ...], int]:
-        """kv: [heads, dim, page], bytes of keys and values; conv: [W-1, C]; delta: [Hv, Dv/c, Dk, c] in f32."""
+        """kv: [heads, dim, page], bytes of keys and values; conv: [W-1, C]; delta: [Hv, Dv/c, Dk, c] in f32 or bf16."""
         if state.kind is StateKind.kv:
             if page_size != self.page_size:
                 raise LoweringError(f"page size {page_size}: this target was made for {self.page_size}; "
@@ -69,7 +69,7 @@ class CpuTarget:
             return (past, channels), 4 * channels * past
         heads, depth, width = state.shape
         columns = state_columns(width)
-        return (heads, width // columns, depth, columns), 4 * prod(state.shape)
+        return (heads, width // columns, depth, columns), state.dtype.bits // 8 * prod(state.shape)
 
     def emit(self, kernels: Sequence[Kernel], folder: Path,
              progress: Callable[[int, int], None] | None = None) -> list[str]:

@@ -16,6 +16,7 @@ QUANTS = {"cpu": ("none", "int8", "int4"), "null": ("none", "int8", "int4"), "gp
 DTYPES = {"fp32": "f32", "bf16": "bf16"}
 KV = {"auto": "bf16", "bf16": "bf16", "fp8": "f8e4m3", "fp8_e4m3": "f8e4m3"}  # by SGLang's names
 FIRST_E4M3 = 89  # cards from this architecture on convert e4m3
+STATES = {"float32": "f32", "bfloat16": "bf16"}  # of DeltaNet, by SGLang's names
 SMALL = 256 << 20  # below this many bytes of bf16 weights, quantisation saves nothing a user would notice
 
 
@@ -29,6 +30,7 @@ class Decision:
     context_length: int
     weight_bytes: int
     reasons: dict[str, str]
+    states: str = "f32"
     kv: str = "bf16"
 
     def to_json(self) -> dict[str, object]:
@@ -36,7 +38,7 @@ class Decision:
 
 
 def decide(traced: Traced, target: Target, dtype: str | None, quant: str, activations: str | None,
-           context_length: int | None, kv: str | None = None) -> Decision:
+           context_length: int | None, states: str | None = None, kv: str | None = None) -> Decision:
     """Resolve the user's wishes. Raises UsageError naming what is impossible, with the number that breaks it."""
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"--dtype {dtype}: choose fp32 or bf16")
@@ -52,9 +54,11 @@ def decide(traced: Traced, target: Target, dtype: str | None, quant: str, activa
     if context_length is not None and context_length < 1:
         raise UsageError(f"--context-length {context_length}: must be at least 1")
     reasons["context_length"] = "asked for" if context_length else "the model's own limit"
+    kept_states = _states(states, traced, target, reasons)
     kept = base if format_ == "none" else format_
     size = int(elements * 4 * stored_fraction(Encoding(kept)))
-    return Decision(base, format_, acts, context_length or longest, size, reasons, kv_type(kv, target, reasons))
+    return Decision(base, format_, acts, context_length or longest, size, reasons, kept_states,
+                    kv_type(kv, target, reasons))
 
 
 def _elements(graph: Graph) -> int:
@@ -115,6 +119,20 @@ def kv_type(asked: str | None, target: Target, reasons: dict[str, str]) -> str:
     if found == "f8e4m3" and isinstance(arch, int) and arch < FIRST_E4M3:
         raise UsageError(f"--kv-cache-dtype {asked}: {target.name} (sm_{arch}) has no e4m3 numbers; leave it out")
     return found
+
+
+def _states(asked: str | None, traced: Traced, target: Target, reasons: dict[str, str]) -> str:
+    """The type of DeltaNet states: as asked for, else as the checkpoint's config says, else fp32."""
+    if asked is not None and asked not in STATES:
+        raise UsageError(f"--mamba-ssm-dtype {asked}: choose float32 or bfloat16")
+    if target.kind == "gpu":
+        if asked == "bfloat16":
+            raise UsageError("--mamba-ssm-dtype bfloat16: GPU kernels keep states in float32; leave it out")
+        reasons["states"] = "GPU kernels keep states in float32"
+        return "f32"
+    config = str(traced.config.get("mamba_ssm_dtype") or "float32")
+    reasons["states"] = "asked for with --mamba-ssm-dtype" if asked else "the checkpoint's config, or the default"
+    return STATES.get(asked or config, "f32")
 
 
 def _activations(asked: str | None, format_: str, target: Target, reasons: dict[str, str]) -> str:

@@ -35,7 +35,7 @@ def prefix_cache(build: Path, options: PrefixOptions | None, memory: MemoryPlan,
         except OSError as error:
             raise UsageError(f"--prefix-store {options.store}: {error.strerror or error}") from None
     policy = message_policy(tokenizer, memory.page_size)
-    slots = range(memory.slots, memory.slots + memory.snapshots)
+    slots = range(memory.state_slots, memory.all_slots)
     return lambda pages: PrefixCache(pages, rows, policy, slots, memory.host_bytes, files)
 
 

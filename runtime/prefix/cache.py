@@ -85,7 +85,7 @@ class PrefixCache:
 
     def keep(self, request: Request, chance: float = LIKELY, store: bool = False) -> None:
         """Keep what a request has computed. `store`: also in the files, if there are any."""
-        assert request.table is not None and request.slot is not None
+        assert request.table is not None and request.state is not None
         if not request.computed:
             return
         tokens = np.array(request.tokens[:request.computed], np.int32)
@@ -100,7 +100,7 @@ class PrefixCache:
                     self.tiers.hold(each.pages)
             node.credit, node.chance = self.tiers.level, max(node.chance, chance)
             if not node.has_state:
-                self.tiers.keep_state(node, request.slot)
+                self.tiers.keep_state(node, request.state)
         request.kept = request.computed
         self.tiers.prune(node)
         if store and node in self.tree.nodes:
@@ -149,11 +149,11 @@ class PrefixCache:
 
     def _load(self, request: Request, path: list[Node]) -> bool:
         """Point a request's table at a path's pages and copy its state. False when a file was gone: so is its node."""
-        assert request.table is not None and request.slot is not None
+        assert request.table is not None and request.state is not None
         node, size = path[-1], self.policy.page_size
         with self._pinned(path):
             lost = next((each for each in path if not self.tiers.load_pages(each)), None)
-            if lost is None and self.tiers.load_state(node, request.slot):
+            if lost is None and self.tiers.load_state(node, request.state):
                 request.table.adopt(whole_pages(path, size))
                 if node.end % size:
                     assert node.pages is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
 from qcn_compile.errors import UsageError
 from qcn_compile.runtime.rope import parse_overrides
@@ -28,6 +29,7 @@ IGNORED = {
     "enable_cache_report": (("--enable-cache-report",), "cached tokens are always reported"),
 }
 """Flags without effect."""
+_STATES = {"float32": "f32", "bfloat16": "bf16"}  # SGLang's names and the manifest's
 _SWITCHES = ("trust_remote_code", "enable_metrics", "enable_cache_report")
 
 
@@ -38,7 +40,8 @@ def add_sglang_flags(parser: argparse.ArgumentParser) -> None:
         g.add_argument(*names, type=int, default=1, dest=dest, metavar="N", help="1 only")
     g.add_argument("--json-model-override-args", default="{}", metavar="JSON",
                    help="over the model's config: rope_scaling (YaRN and others), rope_theta, max_position_embeddings")
-    g.add_argument("--mamba-ssm-dtype", metavar="NAME", help="float32 only: other state formats are not built yet")
+    g.add_argument("--mamba-ssm-dtype", metavar="NAME", choices=("float32", "bfloat16"),
+                   help="type of DeltaNet states: compiled in, so a build must have been made with the same")
     for dest, (names, reason) in IGNORED.items():
         if dest in _SWITCHES:
             g.add_argument(*names, dest=dest, action="store_true", default=None, help=f"no effect: {reason}")
@@ -51,10 +54,19 @@ def check_sglang_flags(arguments: argparse.Namespace) -> None:
     for dest, (names, reason) in COUNTS.items():
         if (count := getattr(arguments, dest)) != 1:
             raise UsageError(f"{names[0]} {count}: {reason}")
-    if arguments.mamba_ssm_dtype not in (None, "float32"):
-        raise UsageError(f"--mamba-ssm-dtype {arguments.mamba_ssm_dtype}: states in other formats than float32 are not "
-                         "built yet; leave it out")
     parse_overrides(arguments.json_model_override_args)
     for dest, (names, reason) in IGNORED.items():
         if getattr(arguments, dest) is not None:
             print(f"qcn-run: {names[0]} has no effect: {reason}", file=sys.stderr)
+
+
+def check_state_type(build: Path, asked: str | None) -> None:
+    """Raises UsageError when the build keeps its DeltaNet states in another type than `asked`."""
+    if asked is None:
+        return
+    from qcn_compile.artifact import read_manifest
+
+    found = {cache.dtype for cache in read_manifest(build).caches if cache.kind == "delta"}
+    if found - {_STATES[asked]}:
+        raise UsageError(f"--mamba-ssm-dtype {asked}: {build} keeps its states in {', '.join(sorted(found))}; build "
+                         f"again with qcn-compile --mamba-ssm-dtype {asked}, or leave it out")

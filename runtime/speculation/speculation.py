@@ -1,4 +1,4 @@
-"""Drafts for decoding requests, and their states before a step that may refuse some."""
+"""Drafts for decoding requests, and where their states stand when some are refused."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from qcn_compile.runtime.batch import Span
-from qcn_compile.runtime.prefix.rows import Rows
 from qcn_compile.runtime.request import Request
 from qcn_compile.runtime.speculation.pace import Pace, StepTimes
 
@@ -32,23 +31,24 @@ class Drafter(Protocol):
 
 @dataclass
 class _Drafting:
-    """One request's pace, and the tokens its saved state stands at."""
+    """What is remembered of one request."""
 
     pace: Pace = field(default_factory=Pace)
-    saved: int = -1
 
 
 class Speculation:
     """Drafts at most `count` tokens a request and step.
 
-    A step verifies drafts in one span. When all are accepted, caches stand right. Otherwise the state from before the
-    step is copied back and the accepted tokens are computed again at the head of the next span (`Request.lag`); KV
-    entries of refused ones are overwritten then. Slot i of a sequence has its saved state at `backup` + i.
+    A step verifies drafts in one span that reads the state from one slot and writes it to another. When all are
+    accepted, the sequence goes on from the other. Otherwise it stays where it is, and the accepted tokens are computed
+    again at the head of the next span (`Request.lag`); KV entries of refused ones are overwritten then. No state is
+    copied for it.
+    Slot i has its other one at `slots` + i.
     """
 
-    def __init__(self, rows: Rows, backup: int, count: int, drafter: Drafter) -> None:
+    def __init__(self, slots: int, count: int, drafter: Drafter) -> None:
         self.count = count
-        self._rows, self._backup, self._drafter = rows, backup, drafter
+        self._slots, self._drafter = slots, drafter
         self._requests: dict[str, _Drafting] = {}
         self.times = StepTimes()
         self.drafted = self.accepted = self.steps = self.tokens = 0
@@ -60,29 +60,21 @@ class Speculation:
         return 0 if request.lag > _LONGEST_REPLAY or count < 1 or drafting.pace.pauses() else count
 
     def draft(self, asks: Sequence[tuple[Request, int]]) -> list[tuple[int, ...]]:
-        """Drafts for each (request, count); the states of those that have some are saved."""
-        found = [tuple(drafts) for drafts in self._drafter.draft(asks)] if asks else []
-        for (request, _), drafts in zip(asks, found, strict=True):
-            if drafts:
-                self._save(request)
-        return found
+        """Drafts for each (request, count)."""
+        return [tuple(drafts) for drafts in self._drafter.draft(asks)] if asks else []
 
     def computed(self, steps: Sequence[tuple[Request, Span]]) -> None:
         """A step ran, and its tokens were chosen."""
         self._drafter.computed(steps)
 
-    def _save(self, request: Request) -> None:
-        """Remember the state before drafts are computed."""
-        drafting = self._requests[request.id]
-        assert request.slot is not None
-        if drafting.saved != request.computed:
-            self._rows.copy_state(request.slot, self._backup + request.slot)
-            drafting.saved = request.computed
+    def other(self, request: Request) -> int:
+        """The slot that a step with drafts writes a request's state to."""
+        assert request.slot is not None and request.state is not None
+        return 2 * request.slot + self._slots - request.state
 
-    def restore(self, request: Request) -> None:
-        """Go back to the remembered state."""
-        assert request.slot is not None and self._requests[request.id].saved == request.computed
-        self._rows.copy_state(self._backup + request.slot, request.slot)
+    def accept(self, request: Request) -> None:
+        """All drafts of a step came true: go on from the state that it wrote."""
+        request.state = self.other(request)
 
     def verified(self, request: Request, drafts: int, taken: int, replayed: int, sequences: int) -> None:
         """Count a step that gave a request `taken` tokens, `drafts` of them at most guessed, `replayed` old ones."""
@@ -99,18 +91,16 @@ class Speculation:
         """The request gave its slot back."""
         request.lag = 0
         self._drafter.left(request)
-        if request.id in self._requests:
-            self._requests[request.id].saved = -1
 
     def ended(self, request: Request) -> None:
         """Forget a request."""
         self._requests.pop(request.id, None)
 
     def check_integrity(self, running: Sequence[Request]) -> None:
-        """Only live requests are remembered, and a lagging one has its saved state."""
+        """Every state is in one of its sequence's two slots."""
         for request in running:
-            if request.lag and self._requests[request.id].saved != request.computed:
-                raise AssertionError(f"{request.id} lags without a saved state")
+            if request.slot is None or request.state not in (request.slot, request.slot + self._slots):
+                raise AssertionError(f"{request.id} has slot {request.slot}, but its state in {request.state}")
 
     def __str__(self) -> str:
         share = self.accepted / self.drafted if self.drafted else 0.0

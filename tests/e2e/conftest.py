@@ -19,6 +19,7 @@ VARIANTS: dict[str, dict[str, object]] = {
     "fp32": {"dtype": "fp32", "quant": "none"},
     "bf16": {"dtype": "bf16", "quant": "none"},
     "mtp": {"dtype": "bf16", "quant": "none", "mtp": True},
+    "bf16-states": {"dtype": "bf16", "quant": "none", "states": "bfloat16"},
     "int8": {"dtype": "bf16", "quant": "int8"},
     "int4": {"dtype": "bf16", "quant": "int4"},
     "int4-f32": {"dtype": "bf16", "quant": "int4", "activations": "fp32"},

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from qcn_compile.artifact import read_manifest, read_plan
+from qcn_compile.artifact import SCHEMA, read_manifest, read_plan
 from qcn_compile.compile import compile as build
 
 
@@ -65,7 +65,7 @@ def test_a_damaged_build_is_refused(builds: Callable[[str], Path], tmp_path: Pat
     elif damage == "remove":
         next((folder / "weights").iterdir()).unlink()
     elif damage == "schema":
-        text = (folder / "manifest.json").read_text().replace('"schema": 1', '"schema": 99')
+        text = (folder / "manifest.json").read_text().replace(f'"schema": {SCHEMA}', '"schema": 99')
         (folder / "manifest.json").write_text(text)
     else:
         (folder / "manifest.json").write_text("[1, 2]")

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from qcn_compile.artifact import Arg, CacheSpec, Launch, Manifest, Plan, seal, write_json
+from qcn_compile.artifact import SCHEMA, Arg, CacheSpec, Launch, Manifest, Plan, seal, write_json
 from qcn_compile.runtime.loaded import Model, load
 
 VOCAB, PAGE, CONTEXT = 512, 4, 128
@@ -53,7 +53,7 @@ def toy_plan(name: str, tokens: int, sequences: int, rows: int) -> Plan:
     k, v = Arg("state", "kv.0", part="k"), Arg("state", "kv.0", part="v")
     calls = {
         "toy_embed": (*given("counts", "tokens", "positions"), Arg("weight", "u"), x),
-        "toy_state": (*given("counts", "cu_seqlens", "context_lens", "slots"), Arg("state", "delta.0"), x, y),
+        "toy_state": (*given("counts", "cu_seqlens", "context_lens", "slots", "into"), Arg("state", "delta.0"), x, y),
         "toy_attention": (*given("counts", "positions", "token_seq", "context_lens", "block_table"), k, v, x, z),
         "toy_logits": (*given("counts", "rows"), y, z, Arg("weight", "w"), out),
     }
@@ -100,7 +100,7 @@ def make_toy(build: Path) -> Path:
         write_json(build / "plan" / f"main-{plan.name}.json", plan.to_json())
     caches = (CacheSpec("kv.0", "kv", "f32", (1, 1, 16), 128), CacheSpec("delta.0", "delta", "f32", (16,), 64))
     seal(build, Manifest(
-        schema=1, model={"name": "toy"}, target={"name": "cpu"}, decisions={}, caches=caches, page_size=PAGE,
+        schema=SCHEMA, model={"name": "toy"}, target={"name": "cpu"}, decisions={}, caches=caches, page_size=PAGE,
         context_length=CONTEXT, vocab_size=VOCAB, hidden_size=1, plans=tuple(f"plan/main-{p.name}.json" for p in plans),
         libraries=("kernels/libqcnhost.so", "kernels/toy.so"),
         weights={"mode": "copied", "files": ["weights/model.safetensors"]}, tools={}))

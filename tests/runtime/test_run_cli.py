@@ -14,6 +14,7 @@ import time
 
 import pytest
 
+from qcn_compile.artifact import SCHEMA
 from qcn_compile.runtime.progress import Progress
 
 COMMAND = [sys.executable, "-m", "qcn_compile.runtime.cli"]
@@ -113,7 +114,7 @@ def edit_manifest(build):
 
 def other_schema(build):
     path = build / "manifest.json"
-    path.write_text(path.read_text().replace('"schema": 1', '"schema": 99'))
+    path.write_text(path.read_text().replace(f'"schema": {SCHEMA}', '"schema": 99'))
 
 
 @pytest.mark.parametrize(("damage", "words"), [
@@ -121,7 +122,7 @@ def other_schema(build):
     (lambda build: (build / "manifest.json").write_text("{"), "is damaged"),
     (lambda build: (build / "weights" / "model.safetensors").unlink(), "lacks weights/model.safetensors"),
     (truncate, "truncated or replaced"), (edit, "has"), (edit_manifest, "edited after the build"),
-    (other_schema, "schema 99, this qcn-run reads schema 1"),
+    (other_schema, f"schema 99, this qcn-run reads schema {SCHEMA}"),
 ])
 def test_damaged_builds(toy_copy, damage, words):
     damage(toy_copy)

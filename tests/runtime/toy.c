@@ -58,13 +58,12 @@ int toy_embed(void* self, const QcnAny* args, int32_t n_args, QcnAny* result) {
   return 0;
 }
 
-/* counts, cu_seqlens, context_lens, slots, state [slots, 16], x [T] -> y [T]: y = s = 0.7 s + x, s from zero at position 0 */
+/* counts, cu_seqlens, context_lens, slots, into, state [slots, 16], x [T] -> y [T]: y = s = 0.7 s + x, s from zero at position 0 */
 int toy_state(void* self, const QcnAny* args, int32_t n_args, QcnAny* result) {
   for (int i = 0; i < I32(0)[1]; i++) {
-    float* state = F32(4) + 16 * I32(3)[i];
-    float s = I32(2)[i] ? *state : 0.0f;
-    for (int t = I32(1)[i]; t < I32(1)[i + 1]; t++) F32(6)[t] = s = 0.7f * s + F32(5)[t];
-    *state = s;
+    float s = I32(2)[i] ? F32(5)[16 * I32(3)[i]] : 0.0f;
+    for (int t = I32(1)[i]; t < I32(1)[i + 1]; t++) F32(7)[t] = s = 0.7f * s + F32(6)[t];
+    F32(5)[16 * I32(4)[i]] = s;
   }
   return 0;
 }

@@ -22,13 +22,14 @@ from qcn_compile.ir.batch import Batch, Caches
 from qcn_compile.ir.encoding import encode
 from qcn_compile.ir.graph import Op, Value
 from qcn_compile.ir.optable import TABLE
-from qcn_compile.ir.types import StateKind, StateRef, StateType, TensorType
+from qcn_compile.ir.types import DType, StateKind, StateRef, StateType, TensorType
 from qcn_compile.targets.base import Kernel, Ref
 from qcn_compile.targets.cpu import CpuTarget
 from qcn_compile.targets.tvm.sizes import state_columns
 
 __all__ = ["DECODE", "PREFILL", "PROGRAMS", "Host", "Lab", "Program", "Ragged", "Trial", "assert_close"]
 
+BF16_NAN = 0x7FC0
 GUARD = 24  # elements behind every buffer that must stay as they were
 
 
@@ -159,7 +160,8 @@ class Trial:
         self.slots = count + 2
         arrays = {"cu_seqlens": np.cumsum([0, *lengths]), "context_lens": contexts, "block_table": table,
                   "slots": self.rng.permutation(self.slots)[:count], "token_seq": np.repeat(np.arange(count), lengths),
-                  "counts": [self.sizes["T"], count, self.sizes["R"], width]}
+                  "into": (), "counts": [self.sizes["T"], count, self.sizes["R"], width]}
+        arrays["into"] = arrays["slots"]
         self.arrays = {name: self._place(("input", name), np.asarray(data, np.int32)) for name, data in arrays.items()}
 
     def _draw_states(self) -> None:
@@ -169,7 +171,7 @@ class Trial:
             for index, store in enumerate(self.caches.data[name]):
                 store.copy_(torch.from_numpy(self.rng.standard_normal(tuple(store.shape)).astype(np.float32)))
                 part = "kv"[index] if state.kind is StateKind.kv else ""
-                data = self._native(state, part, store.numpy().copy())
+                data = bits(self._native(state, part, store.float().numpy().copy()), state)
                 self._poison_unwritten(state, part, data)
                 self._place(("state", name, part), data)
         self.batch = Batch([int(i) for i in self.arrays["cu_seqlens"]], [int(i) for i in self.arrays["context_lens"]],
@@ -198,7 +200,7 @@ class Trial:
             return
         for s, slot in enumerate(self.arrays["slots"]):
             if self.ragged.context(s) == 0:
-                data[slot] = np.nan
+                data[slot] = np.nan if data.dtype == np.float32 else BF16_NAN
 
     # ---- running ----
 
@@ -249,14 +251,15 @@ class Trial:
 
     def take_states(self, source: Trial, fresh: bool) -> None:
         """Slots, pages and, unless fresh, caches of an earlier trial of the same sequence."""
-        for name in ("slots", "block_table"):
+        for name in ("slots", "into", "block_table"):
             self.buffers["input", name] = source.buffers["input", name]
             self.arrays[name] = source.arrays[name]
         self.arrays["counts"][3] = self.arrays["block_table"].shape[1]
         for name, state in self.program.states.items():
             for part in ("k", "v") if state.kind is StateKind.kv else ("",):
                 data = source.buffers["state", name, part][1]
-                self._place(("state", name, part), np.full_like(data, np.nan) if fresh else data)
+                nan = np.nan if data.dtype == np.float32 else BF16_NAN
+                self._place(("state", name, part), np.full_like(data, nan) if fresh else data)
 
     def result(self) -> np.ndarray:
         """The last result of the program."""
@@ -287,8 +290,8 @@ class Trial:
         for name, state in self.program.states.items():
             for index, store in enumerate(self.caches.data[name]):
                 part = "kv"[index] if state.kind is StateKind.kv else ""
-                want = self._native(state, part, store.numpy())
-                got = self.buffers["state", name, part][1]
+                want = self._native(state, part, store.float().numpy())
+                got = floats(self.buffers["state", name, part][1])
                 keep = self._written(part)
                 if part:
                     axis = 3 if part == "k" else 2
@@ -305,6 +308,16 @@ class Trial:
             for p in range(self.ragged.context(s) + self.ragged.lengths[s]):
                 keep[row[p // self.target.page_size], p % self.target.page_size] = True
         return keep
+
+
+def bits(data: np.ndarray, state: StateType) -> np.ndarray:
+    """f32 values as a cache of that type holds them: f32, or the upper halves of numbers that bf16 holds exactly."""
+    return data if state.dtype is DType.f32 else (data.view(np.uint32) >> 16).astype(np.uint16)
+
+
+def floats(data: np.ndarray) -> np.ndarray:
+    """The inverse of `bits`."""
+    return data if data.dtype == np.float32 else (data.astype(np.uint32) << 16).view(np.float32)
 
 
 def strided(data: np.ndarray, stride: int) -> np.ndarray:

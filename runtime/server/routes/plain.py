@@ -103,6 +103,16 @@ async def docs(service: Service, request: Request) -> Response:
     return HTMLResponse(_static("docs.html"), headers={"Content-Security-Policy": _POLICY})
 
 
+async def configure(service: Service, request: Request) -> Response:
+    """The commands for other hardware, with the planner's verdicts."""
+    return HTMLResponse(_static("configure.html"), headers={"Content-Security-Policy": _POLICY})
+
+
+async def verdicts(service: Service, request: Request) -> Response:
+    """What the planner said about every GPU it knows, when this version was made."""
+    return Response(_static("verdicts.json"), media_type="application/json")
+
+
 ENDPOINTS = (
     Endpoint("GET", "/v1/models", models, "Models served", reply=ModelsReply),
     Endpoint("GET", "/v1/models/{name:path}", model, "One model", reply=ModelReply),
@@ -113,4 +123,6 @@ ENDPOINTS = (
     Endpoint("GET", "/state", state, "Live numbers", reply=StateReply),
     Endpoint("GET", "/", page, "Chat page", public=True, media_type="text/html"),
     Endpoint("GET", "/docs", docs, "Documentation", public=True, media_type="text/html"),
+    Endpoint("GET", "/configure", configure, "Command configurator", public=True, media_type="text/html"),
+    Endpoint("GET", "/verdicts.json", verdicts, "The planner's verdicts", public=True),
 )

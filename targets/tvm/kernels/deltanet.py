@@ -4,6 +4,10 @@ The columns of a state [Dk, Dv] never meet. So they are stored in blocks of 32 c
 stay in the first cache while all tokens of the sequence pass. The arithmetic of a token is the same for one token and
 for a thousand: prefill and decode agree bit by bit. The chunked (WY) form would lose that for little: a token costs it
 3 Dk Dv + chunk (Dk + Dv) multiplications, against 4 Dk Dv here, which already run at 80 % of the peak.
+A state in bf16 is rounded after every token, in prefill too: so it depends on the tokens alone, not on how they came.
+
+A sequence's states are read from slot `slots` and written to slot `into`: mostly the same. A step whose last tokens are
+guesses writes to another slot, and what it read is still there when they prove wrong.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ from qcn_compile.targets.tvm.kernels.core import (
     Function,
     Machine,
     f32,
+    lanes_of,
     let,
     local,
     loop,
@@ -33,13 +38,14 @@ from qcn_compile.targets.tvm.kernels.norm import inverse_rms
 from qcn_compile.targets.tvm.sizes import state_columns
 
 L2_EPS = 1e-6
-SPANS = {"cu_seqlens": "int32", "context_lens": "int32", "slots": "int32", "counts": "int32"}
+SPANS = {"cu_seqlens": "int32", "context_lens": "int32", "slots": "int32", "counts": "int32", "into": "int32"}
+STATES = {"f32": "float32", "bf16": "uint16"}
 
 
-def span(a: Arrays, s: Expr) -> tuple[Expr, Expr, Expr, Expr]:
-    """First token, end, slot of sequence s, and whether its state starts from zeros."""
+def span(a: Arrays, s: Expr) -> tuple[Expr, Expr, Expr, Expr, Expr]:
+    """First token, end, slots read and written of sequence s, and whether its state starts from zeros."""
     return (let("begin", a.cu_seqlens[s]), let("end", a.cu_seqlens[s + 1]), let("slot", wide(a.slots[s])),
-            let("fresh", a.context_lens[s] == 0))
+            let("target", wide(a.into[s])), let("fresh", a.context_lens[s] == 0))
 
 
 def delta_conv(symbol: str, m: Machine, *, key_heads: int, value_heads: int, key_dim: int, value_dim: int, taps: int,
@@ -53,8 +59,9 @@ def delta_conv(symbol: str, m: Machine, *, key_heads: int, value_heads: int, key
     channels, heads = 2 * key_heads * key_dim + value_heads * value_dim, 2 * key_heads + value_heads
     with f as a, parallel("item", a.counts[1] * (heads + 1)) as item:
         s, h = let("s", T.floordiv(item, heads + 1)), let("h", T.floormod(item, heads + 1))
-        begin, end, slot, fresh = span(a, s)
-        conv = Conv(a, m, channels, taps, stride_x, begin, end, slot * ((taps - 1) * channels), fresh)
+        begin, end, slot, target, fresh = span(a, s)
+        size = (taps - 1) * channels
+        conv = Conv(a, m, channels, taps, stride_x, (begin, end), (slot * size, target * size), fresh)
         with when(h < 2 * key_heads):
             first = let("first", h * key_dim)
             conv.run(first, key_dim)
@@ -71,10 +78,11 @@ def delta_conv(symbol: str, m: Machine, *, key_heads: int, value_heads: int, key
 class Conv:
     """Depthwise causal convolution and silu of one sequence, the last taps-1 inputs kept in registers."""
 
-    def __init__(self, a: Arrays, m: Machine, channels: int, taps: int, stride: int, begin: Expr, end: Expr,
-                 state: Expr, fresh: Expr) -> None:
+    def __init__(self, a: Arrays, m: Machine, channels: int, taps: int, stride: int, tokens: tuple[Expr, Expr],
+                 states: tuple[Expr, Expr], fresh: Expr) -> None:
         self.a, self.m, self.channels, self.taps, self.stride = a, m, channels, taps, stride or channels
-        self.begin, self.end, self.state, self.fresh = begin, end, state, fresh
+        self.begin, self.end = tokens
+        self.source, self.target, self.fresh = *states, fresh
 
     def run(self, first: Expr, width: int) -> None:
         """Channels first .. first+width, the state included."""
@@ -86,7 +94,7 @@ class Conv:
             past[i * n, n] = f32(0.0, n)
         with when(T.Not(self.fresh)):
             for i in range(self.taps - 1):
-                past[i * n, n] = a.conv[self.state + i * self.channels + c, n]
+                past[i * n, n] = a.conv[self.source + i * self.channels + c, n]
         with loop("t", self.end, self.begin) as t:
             x = let("x", a.x[t * self.stride + c, n])
             y = f32(0.0, n)
@@ -98,7 +106,7 @@ class Conv:
                 past[i * n, n] = past[(i + 1) * n, n]
             past[(self.taps - 2) * n, n] = x
         for i in range(self.taps - 1):
-            a.conv[self.state + i * self.channels + c, n] = past[i * n, n]
+            a.conv[self.target + i * self.channels + c, n] = past[i * n, n]
 
 
 def _l2_norm(a: Arrays, m: Machine, start: Expr, width: int, factor: Expr) -> None:
@@ -123,22 +131,26 @@ def _gates(a: Arrays, m: Machine, t: Expr, heads: int, stride_a: int, stride_b: 
 
 
 def delta_rule(symbol: str, m: Machine, *, key_heads: int, value_heads: int, key_dim: int, value_dim: int, eps: float,
-               stride_z: int) -> Function:
+               stride_z: int, state: str = "f32") -> Function:
     """S <- a S; u = beta (v - S^T k); S <- S + k u^T; o = S^T q; y = rms_norm(o, w) * silu(z).
 
     Work item: (sequence, value head). delta state [slots, Hv, Dv/c, Dk, c], c = state_columns(Dv); a = exp(g).
+    `state`: its type, f32 or bf16; arithmetic is in f32.
     """
-    f = Function(symbol, mixed="float32", gates="float32", z="float32", w="float32", delta="float32", y="float32",
+    f = Function(symbol, mixed="float32", gates="float32", z="float32", w="float32", delta=STATES[state], y="float32",
                  **SPANS)
     with f as a, parallel("item", a.counts[1] * value_heads) as item:
         s, h = let("s", T.floordiv(item, value_heads)), let("h", T.floormod(item, value_heads))
-        begin, end, slot, fresh = span(a, s)
-        state = let("state", (slot * value_heads + h) * (key_dim * value_dim))
-        with when(fresh):
-            sweep(key_dim * value_dim, m.lanes, lambda i, n: a.delta.__setitem__((state + i, n), f32(0.0, n)))
+        begin, end, slot, into, fresh = span(a, s)
         rule = Rule(a, m, key_heads, value_heads, key_dim, value_dim, h)
+        source = let("source", (slot * value_heads + h) * (key_dim * value_dim))
+        target = let("state", (into * value_heads + h) * (key_dim * value_dim))
+        with when(fresh):
+            sweep(key_dim * value_dim, m.lanes, lambda i, n: rule.store(target + i, f32(0.0, n)))
         with loop("c", value_dim // rule.columns) as c, loop("t", end, begin) as t:
-            rule.token(t, state + c * (key_dim * rule.columns), c * rule.columns)
+            first = T.And(t == begin, T.Not(fresh))
+            block = c * (key_dim * rule.columns)
+            rule.token(t, let("from", T.Select(first, source, target) + block), target + block, c * rule.columns)
         with loop("t", end, begin) as t:
             _gated_norm(a, m, let("row", (t * value_heads + h) * value_dim),
                         let("gate", t * (stride_z or value_heads * value_dim) + h * value_dim), value_dim, eps)
@@ -162,8 +174,18 @@ class Rule:
         self.lanes = m.lanes if self.columns % m.lanes == 0 else 1
         self.chains = max(1, 8 * self.lanes // self.columns)
 
-    def token(self, t: Expr, state: Expr, c: Expr) -> None:
-        """Token t on the block of `columns` columns from c on, whose state starts at `state`."""
+    def load(self, at: Expr, n: int) -> Expr:
+        """n elements of the state as f32."""
+        found = self.a.delta[at, n]
+        return found if self.a.delta.dtype == "float32" else math.widen(found)
+
+    def store(self, at: Expr, value: Expr) -> None:
+        """f32 elements into the state."""
+        stored = value if self.a.delta.dtype == "float32" else math.narrow(value)
+        self.a.delta[at, lanes_of(value)] = stored
+
+    def token(self, t: Expr, source: Expr, target: Expr, c: Expr) -> None:
+        """Token t on the block of `columns` columns from c on, whose state is read and written from there on."""
         a, n, lanes = self.a, self.columns, self.lanes
         row = let("row", t * self.channels)
         fade = splat(let("fade", a.gates[t * (2 * self.value_heads) + self.h]), lanes)
@@ -171,11 +193,11 @@ class Rule:
         u, o = local("u", "float32", self.chains * n), local("o", "float32", self.chains * n)
         for v in range(0, self.chains * n, lanes):
             u[v, lanes] = o[v, lanes] = f32(0.0, lanes)
-        self._rows(lambda i, chain: self._read(row, state, i, chain, u))
+        self._rows(lambda i, chain: self._read(row, source, i, chain, u))
         self._merge(u)
         for v in range(0, n, lanes):
             u[v, lanes] = (a.mixed[row + self.v + c + v, lanes] - u[v, lanes] * fade) * beta
-        self._rows(lambda i, chain: self._write(row, state, i, chain, u, o, fade))
+        self._rows(lambda i, chain: self._write(row, source, target, i, chain, u, o, fade))
         self._merge(o)
         for v in range(0, n, lanes):
             a.y[(t * self.value_heads + self.h) * self.value_dim + c + v, lanes] = o[v, lanes]
@@ -193,16 +215,17 @@ class Rule:
         k = splat(let("ki", self.a.mixed[row + self.k + i]), self.lanes)
         for v in range(0, self.columns, self.lanes):
             at = chain * self.columns + v
-            u[at, self.lanes] = T.fma(self.a.delta[state + i * self.columns + v, self.lanes], k, u[at, self.lanes])
+            u[at, self.lanes] = T.fma(self.load(state + i * self.columns + v, self.lanes), k, u[at, self.lanes])
 
-    def _write(self, row: Expr, state: Expr, i: Expr, chain: int, u: Array, o: Array, fade: Expr) -> None:
+    def _write(self, row: Expr, source: Expr, target: Expr, i: Expr, chain: int, u: Array, o: Array,
+               fade: Expr) -> None:
         """S[i] <- fade S[i] + k[i] u;  o += q[i] S[i]."""
         k = splat(let("ki", self.a.mixed[row + self.k + i]), self.lanes)
         q = splat(let("qi", self.a.mixed[row + self.q + i]), self.lanes)
         for v in range(0, self.columns, self.lanes):
-            at = let("at", state + i * self.columns + v)
-            new = let("new", T.fma(k, u[v, self.lanes], self.a.delta[at, self.lanes] * fade))
-            self.a.delta[at, self.lanes] = new
+            at = let("at", i * self.columns + v)
+            new = let("new", T.fma(k, u[v, self.lanes], self.load(source + at, self.lanes) * fade))
+            self.store(target + at, new)
             sum_ = chain * self.columns + v
             o[sum_, self.lanes] = T.fma(new, q, o[sum_, self.lanes])
 

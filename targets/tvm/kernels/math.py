@@ -126,6 +126,16 @@ def widen(bits: Expr) -> Expr:
                          T.shift_left(T.Cast(vector("uint32", lanes), bits), splat(T.uint32(16), lanes)))
 
 
+def narrow(value: Expr) -> Expr:
+    """f32 as bf16 bit patterns (uint16), rounded to the nearest, ties to even; NaN stays NaN."""
+    lanes = lanes_of(value)
+    kind, value = vector("uint32", lanes), let("wide", value)
+    bits = let("bits", T.reinterpret(kind, value))
+    tie = T.bitwise_and(T.shift_right(bits, splat(T.uint32(16), lanes)), splat(T.uint32(1), lanes))
+    rounded = T.shift_right(bits + splat(T.uint32(0x7FFF), lanes) + tie, splat(T.uint32(16), lanes))
+    return T.Cast(vector("uint16", lanes), T.Select(value == value, rounded, splat(T.uint32(0x7FC0), lanes)))
+
+
 def half(bits: Expr) -> Expr:
     """f16 bit patterns (uint16) as f32."""
     lanes = lanes_of(bits)

@@ -70,6 +70,7 @@ def delta_net(site: Site) -> list[Call]:
     """Two launches: convolution, gates and L2 norms; delta rule and gated norm."""
     site.stated("conv")
     site.stated("delta")
+    spans = (*SPANS, Ref("input", name="into"))
     sizes = {name: site.integer(name) for name in ("key_heads", "value_heads", "key_dim", "value_dim")}
     qkv, taps = site.float_type(0), int(site.operand(4).type.shape[1])  # type: ignore[arg-type]
     tokens, channels = site.capacity(qkv.shape), inner(qkv.shape)
@@ -77,8 +78,8 @@ def delta_net(site: Site) -> list[Call]:
     gates = scratch("gates", tokens * 2 * sizes["value_heads"] * 4)
     weights = Ref("blob", index=4, layout="channels", part="w")
     conv = call("delta_conv", [site.ref(0), site.ref(2), site.ref(3), weights, site.ref(5), site.ref(6), state("conv"),
-                               mixed, gates, *SPANS],
+                               mixed, gates, *spans],
                 **sizes, taps=taps, stride_x=site.stride(0), stride_b=site.stride(2), stride_a=site.stride(3))
-    rule = call("delta_rule", [mixed, gates, site.ref(1), site.ref(7), state("delta"), result(), *SPANS],
-                **sizes, eps=site.real("eps"), stride_z=site.stride(1))
+    rule = call("delta_rule", [mixed, gates, site.ref(1), site.ref(7), state("delta"), result(), *spans],
+                **sizes, eps=site.real("eps"), stride_z=site.stride(1), state=str(site.op.attrs.get("rounds") or "f32"))
     return [conv, rule]

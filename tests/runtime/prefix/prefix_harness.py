@@ -58,7 +58,7 @@ class Hashing:
             for token in self.kv[span.pages].reshape(-1)[:stop].tolist():
                 check = roll(check, token)
             assert check == state, "pages and state tell different histories"
-            self.states[span.slot] = state
+            self.states[span.target] = state
         return np.array(rows, np.float32).reshape(len(rows), VOCAB)
 
 
@@ -109,15 +109,15 @@ def policy(**fields):
 def engine(pages=400, slots=8, snapshots=200, host=1 << 20, files=None, rules=None, eos=frozenset({0}), plans=PLANS,
            drafter=None, drafts=4, head=False, **fields):
     """An engine with a prefix cache; `snapshots` None: without one. Speculates with a drafter or a draft head."""
-    base = slots + (snapshots or 0)
-    runner = (HashingHead if head else Hashing)(pages, base + slots, plans)
+    runner = (HashingHead if head else Hashing)(pages, 2 * slots + (snapshots or 0), plans)
     guess = MtpDrafter(runner) if head else LookupDrafter(drafter)
-    speculation = Speculation(runner.rows, base, drafts, guess) if head or drafter else None
+    speculation = Speculation(slots, drafts, guess) if head or drafter else None
     config = EngineConfig(VOCAB, PAGE, CONTEXT, pages, slots, eos, **fields)
     made = None
     if snapshots is not None:
         def made(allocator):
-            return PrefixCache(allocator, runner.rows, rules or policy(), range(slots, slots + snapshots), host, files)
+            kept = range(2 * slots, 2 * slots + snapshots)
+            return PrefixCache(allocator, runner.rows, rules or policy(), kept, host, files)
     built = Engine(runner, lambda token: bytes([97 + token % 26]), config, made, speculation)
     built.runner = runner
     return built

@@ -152,7 +152,7 @@ def test_lost_pages_under_a_state_on_the_device_do_not_hang(tmp_path):
     e = restarted(tmp_path)
     inner = next(node for node in e.prefixes.tree if node.children and node.has_state)
     tiers = e.prefixes.tiers
-    slot = tiers._slots.acquire() + 8
+    slot = tiers._slots.acquire() + tiers._first_slot
     assert tiers.load_state(inner, slot)
     inner.slot = slot
     prompt = [token for node in inner.path() for token in node.tokens.tolist()] + [5]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import json
+import shlex
 import shutil
 import socket
 import subprocess
@@ -10,8 +13,15 @@ import time
 import httpx
 import pytest
 
+from qcn_compile import cli
+from qcn_compile.runtime.cli import parser as run_parser
+from qcn_compile.runtime.server.launch import server_config
+from qcn_compile.runtime.server.sglang import check_sglang_flags
+from qcn_compile.runtime.speculation.options import speculation_options
+
 pytestmark = pytest.mark.skipif(not shutil.which("chromedriver"), reason="no chromedriver")
 TOOLS = '[{"type": "function", "function": {"name": "read", "parameters": {"type": "object"}}}]'
+MODELS = {"instruct": "Qwen/Qwen3-Coder-Next", "thinking": "Qwen/Qwen3-Next-80B-A3B-Thinking"}
 ELEMENT = "element-6066-11e4-a52e-4f735466cecf"
 OPTIONS = {"args": ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]}
 
@@ -120,4 +130,56 @@ def test_docs(serve, browser):
     browser.open(server.url + "/docs")
     assert browser.until("document.querySelectorAll('details').length") > 10
     assert browser.run("return document.querySelector('details table').textContent").count("messages")
+    assert browser.errors() == []
+
+
+def select(browser, **choices):
+    for name, value in choices.items():
+        browser.run(f"const box = document.querySelector('#{name}'); box.value = {json.dumps(value)}; "
+                    "box.dispatchEvent(new Event('change', {bubbles: true})); return 0")
+    texts = browser.run("return ['verdict', 'numbers', 'notes', 'compile', 'run'].map("
+                        "id => document.getElementById(id).innerText)")
+    return dict(zip(("verdict", "numbers", "notes", "compile", "run"), texts, strict=True))
+
+
+def flags_of(command, program):
+    words = shlex.split(command, comments=True)
+    assert words[0] == program
+    return words[1:]
+
+
+def test_configurator_shows_the_planners_verdict(serve, browser, capsys):
+    browser.open(serve().url + "/")
+    browser.run("document.querySelector('a[href=configure]').click(); return 0")
+    browser.until("document.querySelector('#compile')?.textContent")
+    shown = select(browser, target="h100-80", quant="fp8", context="32768", gpus="1")
+    assert cli.main([*flags_of(shown["compile"], "qcn-compile"), "--gpus", "1", "--plan-only", "--json"]) == 0
+    verdict = json.loads(capsys.readouterr().out)
+    assert shown["verdict"] == "Fits on 1 × h100-80"
+    assert f"{verdict['speed']['ms_per_token']} ms, bound by {verdict['speed']['bound']}" in shown["numbers"]
+    assert f"{verdict['memory']['weights'] / 1e9:.2f} GB weights" in shown["numbers"]
+    shown = select(browser, quant="none")
+    assert "weights 159.4 GB a chip" in shown["verdict"] and shown["numbers"] == ""
+    shown = select(browser, gpus="")
+    assert shown["verdict"].startswith("Fits on ") and "Only planned" in shown["notes"]
+    assert "MTP" in select(browser, speculation="mtp")["notes"]
+    assert browser.errors() == []
+
+
+def test_configured_commands_are_commands(serve, browser):
+    """Every choice of model, tools and speculation on some hardware: our own parsers take the lines."""
+    browser.open(serve().url + "/configure")
+    browser.until("document.querySelector('#compile')?.textContent")
+    for target, thinking, tools, speculation in itertools.product(
+            ("h100-80", "b200", "mi300x"), ("instruct", "thinking"), ("on", "off"), ("off", "ngram", "mtp")):
+        shown = select(browser, target=target, thinking=thinking, tools=tools, speculation=speculation)
+        compiled = cli.parser().parse_args(flags_of(shown["compile"], "qcn-compile"))
+        assert compiled.target == target
+        assert compiled.model == MODELS[thinking]
+        arguments = run_parser().parse_args(flags_of(shown["run"], "qcn-run"))
+        check_sglang_flags(arguments)
+        config = server_config(arguments)
+        assert config.reasoning_parser == ("qwen3" if thinking == "thinking" else "auto")
+        assert (config.tool_call_parser == "none") == (tools == "off")
+        assert (speculation_options(arguments) is None) == (speculation == "off")
     assert browser.errors() == []

@@ -133,7 +133,7 @@ def test_sampled_tokens_have_the_models_distribution():
 
 def test_loaded_builds_speculate(toy_build, model):
     with load(toy_build, threads=1, speculation=SpeculationOptions(3), max_running_requests=2) as fast:
-        assert fast.memory.backups == 2 and "2 for refused drafts" in fast.describe()
+        assert fast.memory.drafts == 2 and "2 for drafts" in fast.describe()
         for prompt in ([4, 5, 6] * 8, list(range(40, 70))):
             want, got = ([t for o in m.generate(prompt, temperature=0, max_tokens=40, ignore_eos=True)
                           for t in o.token_ids] for m in (model, fast))
