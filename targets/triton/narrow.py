@@ -55,15 +55,15 @@ _DELTA, _ATTENTION, _EXPERTS = TABLE["delta_net"], TABLE["paged_attention"], TAB
 
 
 @op("narrow_delta_net", "qkv, z, b, a, conv_w, decay, dt_bias, norm_w, batch",
-    key_heads=int, value_heads=int, key_dim=int, value_dim=int, eps=float, conv=None, delta=None,
+    key_heads=int, value_heads=int, key_dim=int, value_dim=int, eps=float, conv=None, delta=None, rounds=None,
     effects=_DELTA.effects, flops=_DELTA.flops, infer=lambda *types, **attrs: codes_of(_DELTA.infer(*types, **attrs)))  # type: ignore[arg-type]
 def narrow_delta_net(*operands: Any, **attrs: Any) -> tuple[Tensor, Tensor]:
     """(codes, scales) of delta_net of the same operands."""
     return narrow(delta_net(*operands, **attrs))
 
 
-@op("narrow_attention", "q, gate?, batch", scale=float, state=None, stored=None, effects=_ATTENTION.effects, flops=_ATTENTION.flops,
-    infer=lambda *types, **attrs: codes_of(_ATTENTION.infer(*types, **attrs)))  # type: ignore[arg-type]
+@op("narrow_attention", "q, gate?, batch", scale=float, state=None, stored=None, effects=_ATTENTION.effects,
+    flops=_ATTENTION.flops, infer=lambda *types, **attrs: codes_of(_ATTENTION.infer(*types, **attrs)))  # type: ignore[arg-type]
 def narrow_attention(q: Tensor, gate: Tensor | None, batch: Batch, **attrs: Any) -> tuple[Tensor, Tensor]:
     """(codes, scales) of paged_attention of the same operands."""
     return narrow(paged_attention(q, gate, batch, **attrs))

@@ -7,6 +7,7 @@ from qcn_compile.targets.triton.lowering.delta_chunk import chunked
 from qcn_compile.targets.triton.lowering.site import (
     BATCH,
     COUNTS,
+    MOVES,
     SPANS,
     Site,
     call,
@@ -105,6 +106,7 @@ def delta_net(site: Site) -> list[Call]:
     sizes: dict[str, Param] = {"HK": site.integer("key_heads"), "HV": site.integer("value_heads"),
                                "DK": site.integer("key_dim"), "DV": site.integer("value_dim")}
     hv, dk, dv = int(sizes["HV"]), int(sizes["DK"]), int(sizes["DV"])
+    sizes["ST"] = "bf16" if site.op.attrs.get("rounds") == "bf16" else "f32"
     if power(dk) != dk or power(dv) != dv:
         raise site.fail(f"head sizes {dk} and {dv}", "the GPU kernels need powers of two")
     taps = int(site.operand(4).type.shape[1])  # type: ignore[arg-type]
@@ -113,13 +115,13 @@ def delta_net(site: Site) -> list[Call]:
     gates: dict[str, Param] = {"SB": site.stride(2), "SA": site.stride(3)}
     if site.bucket.sequences == site.bucket.tokens:
         args = [*(site.ref(i) for i in range(4)), weights, *(site.ref(i) for i in (5, 6, 7)), state("conv"),
-                state("delta"), *results(site), *SPANS]
+                state("delta"), *results(site)]
         if site.bucket.tokens == 1:
-            return [call("delta_one", args[:-4] + args[-3:], (hv,), **sizes, TAPS=taps, RING=site.ring,
+            return [call("delta_one", [*args, *SPANS[1:]], (hv,), **sizes, TAPS=taps, RING=site.ring,
                          EPS=site.real("eps"), WARPS=4)]
         gates |= {"SZ": site.stride(1), "EPS": site.real("eps")}
         if site.decode:
-            return [call("delta_step", args, (hv, site.bucket.sequences), **sizes, **conv, **gates, WARPS=4)]
-        return [call("delta_batch", args, (int(sizes["HK"]), site.bucket.sequences), **sizes, **conv, **gates, WARPS=4,
-                     **result_kind(site))]
+            return [call("delta_step", [*args, *MOVES], (hv, site.bucket.sequences), **sizes, **conv, **gates, WARPS=4)]
+        return [call("delta_batch", [*args, *MOVES], (int(sizes["HK"]), site.bucket.sequences), **sizes, **conv,
+                     **gates, WARPS=4, **result_kind(site))]
     return chunked(site, sizes, conv, gates, weights)

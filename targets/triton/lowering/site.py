@@ -11,9 +11,10 @@ from qcn_compile.targets.base import Call, Kernel, Param, Ref
 from qcn_compile.targets.site import BATCH, COUNTS, SPANS, BaseSite, inner, result, state
 from qcn_compile.targets.triton.families import ITEMSIZE
 
-__all__ = ["BATCH", "COUNTS", "SPANS", "TOKEN_SEQ", "Site", "call", "cdiv", "inner", "power", "result", "result_kind",
-           "results", "scratch", "state"]
+__all__ = ["BATCH", "COUNTS", "MOVES", "SPANS", "TOKEN_SEQ", "Site", "call", "cdiv", "inner", "power", "result",
+           "result_kind", "results", "scratch", "state"]
 TOKEN_SEQ = Ref("input", name="token_seq")
+MOVES = (*SPANS[:-1], Ref("input", name="into"), COUNTS)
 COUNT = {"T": 0, "S": 1, "R": 2}
 
 
