@@ -82,10 +82,11 @@ def _run(args: argparse.Namespace) -> int:
         raise UsageError("--emit onnx writes the graph before any pass; with --stop-after, --disable-pass or --quant, "
                          "use --emit onnx-fused")
     check(args, _output(args))
-    from qcn_compile.compile import Options, compile, progress_bars
+    from qcn_compile.compile import Options, compile
     from qcn_compile.passes.base import REGISTRY
     from qcn_compile.pipeline import Tracing
     from qcn_compile.plugins import load_plugins
+    from qcn_compile.progress import progress_bars
 
     load_plugins(args.plugin)  # they may bring passes that other flags name
     for name in filter(lambda n: n not in ("", "all"), [args.print_ir_after, args.stop_after, *args.disable_pass]):

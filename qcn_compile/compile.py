@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import platform
-import shutil
-import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from qcn_compile.artifact import SCHEMA, CacheSpec, Manifest, RankPart, building, check_ranks, seal, write_json
+from qcn_compile.artifact import Manifest, building, seal
 from qcn_compile.errors import ModelError, UsageError
 from qcn_compile.frontend import Traced, trace_model
 from qcn_compile.frontend.checkpoint import Located, load_config, locate
@@ -22,27 +16,20 @@ from qcn_compile.ir.types import DType
 from qcn_compile.ir.verify import verify
 from qcn_compile.lowering.buckets import buckets_for
 from qcn_compile.lowering.calibrate import Calibrated, calibrate, read_text
-from qcn_compile.lowering.convert import convert, key_of, resumable, take
 from qcn_compile.lowering.decide import Decision, decide, plan_for
-from qcn_compile.lowering.late import deferred
-from qcn_compile.lowering.plan import blobs_of, make_plan
-from qcn_compile.lowering.rope import rope_tables
-from qcn_compile.lowering.schedule import Schedule, kernels_of, schedule
-from qcn_compile.lowering.weights import BlobKey, name_blobs, plan_files
+from qcn_compile.lowering.schedule import schedule
 from qcn_compile.passes.base import PassContext
 from qcn_compile.passes.shard import Shard
 from qcn_compile.pipeline import Pipeline, Tracing
 from qcn_compile.planning.command import WISHES
 from qcn_compile.planning.verdict import Verdict
 from qcn_compile.plugins import load_plugins
+from qcn_compile.progress import Clock, Report
 from qcn_compile.report import write_report
 from qcn_compile.targets.base import Target
 from qcn_compile.targets.layout import Layout, layout_for
 from qcn_compile.targets.registry import load_target
-
-PAGE_SIZE = 32
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
-Report = Callable[[str, int, int], None]
+from qcn_compile.write import write_build
 
 
 @dataclass(frozen=True)
@@ -94,20 +81,6 @@ class Built:
     note: str
 
 
-class Clock:
-    """Seconds per stage, in order."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Time one stage."""
-        start = time.perf_counter()
-        yield
-        self.seconds[name] = round(time.perf_counter() - start, 3)
-
-
 def compile(model: str | Path | None = None, target: str = "cpu", output: str | Path = "build",
             options: Options | None = None, report: Report | None = None,
             verdict: Callable[[Verdict], None] | None = None, **changes: Any) -> Built:
@@ -134,8 +107,8 @@ def compile(model: str | Path | None = None, target: str = "cpu", output: str | 
         ranks = [[schedule(graph, bucket, chosen) for graph in mine for bucket in buckets_for(chosen.kind)]
                  for mine in graphs]
     with building(Path(output), options.force) as scratch:
-        manifest, digests = _write(Path(output), scratch, traced, chosen, decision, layout, ranks, mode, calibrated,
-                                   clock, tell)
+        manifest, digests = write_build(Path(output), scratch, traced, chosen, decision, layout, ranks, mode,
+                                        calibrated, clock, tell)
         write_report(scratch, graphs[0], context, decision, ranks[0], options.tracing, str(traced.audit or ""))
         used = {f"plugin {plugin.name}": plugin.sha256 for plugin in plugins}
         manifest = seal(scratch, replace(manifest, tools={**manifest.tools, **used}), digests)
@@ -261,128 +234,3 @@ def _optimise(graph: Graph, decision: Decision, context: PassContext, options: O
     result = pipeline.run(graph, context, options.tracing)
     verify(result)
     return result
-
-
-def _write(output: Path, build: Path, traced: Traced, target: Target, decision: Decision, layout: Layout,
-           ranks: Sequence[Sequence[Schedule]], mode: str, calibrated: Calibrated, clock: Clock, tell: Report
-           ) -> tuple[Manifest, dict[str, str]]:
-    """Kernels, which ranks share, plans, tokenizer and weights; the manifest, not sealed, and the digests known."""
-    kernels = kernels_of(item for schedules in ranks for item in schedules)
-    names = [name_blobs(dict.fromkeys(key for s in schedules for key in blobs_of(s))) for schedules in ranks]
-    with clock.stage("kernels"):
-        libraries = target.emit(kernels, build / "kernels", lambda done, total: tell("kernels", done, total))
-    folders = [f"plan/rank-{rank}" if len(ranks) > 1 else "plan" for rank in range(len(ranks))]
-    plans = [_write_plans(build, folder, schedules, own)
-             for folder, schedules, own in zip(folders, ranks, names, strict=True)]
-    _copy_tokenizer(traced, build / "tokenizer")
-    with clock.stage("weights"):  # last: it is the longest, and what it has done survives an interrupt
-        weights, digests = _write_weights(output, build, traced, target, names, mode, calibrated, tell)
-    for schedules, own, held in zip(ranks, names, weights, strict=True):
-        held["rope"] = rope_tables(schedules, own)
-    parts = tuple(RankPart(_caches(target, schedules), files, held)
-                  for schedules, files, held in zip(ranks, plans, weights, strict=True))
-    check_ranks(build, parts)
-    manifest = _manifest(traced, target, decision, parts[0], [f"kernels/{n}" for n in libraries], len(kernels))
-    if len(parts) > 1:
-        manifest = replace(manifest, layout=layout.to_json(), ranks=parts)
-    return manifest, digests
-
-
-def _write_plans(build: Path, folder: str, schedules: Sequence[Schedule], names: dict[BlobKey, str]) -> tuple[str, ...]:
-    """One file a bucket; their names within the build."""
-    plans = [make_plan(item, names)[0] for item in schedules]
-    files = {f"{folder}/{plan.key}.json": plan for plan in plans}
-    for name, plan in files.items():
-        write_json(build / name, plan.to_json())
-    return tuple(files)
-
-
-def _write_weights(output: Path, build: Path, traced: Traced, target: Target, ranks: Sequence[dict[BlobKey, str]],
-                   mode: str, calibrated: Calibrated, tell: Report) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """The weight files of every rank, or what stands in for them; each rank's `weights`, and file -> sha256."""
-    split = [deferred(names, target, mode, traced.weights.draft_names if traced.weights else None) for names in ranks]
-    files = [plan_files(now, target, f"rank-{rank}" if len(ranks) > 1 else "weights")
-             for rank, (_, now) in enumerate(split)]
-    every = [file for own in files for file in own]
-    source, origin = (traced.weights, traced.weights.fingerprint()) if traced.weights else (NoWeights(), "")
-    with resumable(output, key_of(every, target, origin + calibrated.digest)) as folder:
-        written = convert(every, source, target, folder, lambda done, total: tell("weights", done, total),
-                          calibrated.codes)
-        digests = take(written, folder, build / "weights")
-    weights = [{"mode": mode, "files": [f"weights/{file.name}" for file in own], **later}
-               for own, (later, _) in zip(files, split, strict=True)]
-    return weights, {f"weights/{name}": digest for name, digest in digests.items()}
-
-
-class NoWeights:
-    """The source of a build that has no checkpoint."""
-
-    def get(self, name: str) -> Any:
-        raise ModelError(f"weight {name} is wanted, but there is no checkpoint; name one with --model")
-
-    def rows(self, name: str, start: int, stop: int) -> Any:
-        self.get(name)
-
-
-def _caches(target: Target, schedules: Sequence[Schedule]) -> tuple[CacheSpec, ...]:
-    caches = {}
-    for item in schedules:
-        for name, state in item.graph.states.items():
-            shape, size = target.cache_unit(state, PAGE_SIZE)
-            caches[name] = CacheSpec(name, state.kind.value, state.dtype.value, shape, size)
-    return tuple(caches.values())
-
-
-def _manifest(traced: Traced, target: Target, decision: Decision, part: RankPart, libraries: list[str],
-              kernels: int) -> Manifest:
-    logits = traced.main.outputs[0].tensor
-    return Manifest(
-        schema=SCHEMA, model={"name": traced.name, "config": traced.config},
-        target={"name": target.name, "kind": target.kind, **target.describe()},
-        decisions=decision.brief(), caches=part.caches, page_size=PAGE_SIZE,
-        context_length=decision.context_length, vocab_size=int(logits.shape[-1]),  # type: ignore[arg-type]
-        hidden_size=int(traced.main.outputs[1].tensor.shape[-1]),  # type: ignore[arg-type]
-        plans=part.plans, libraries=tuple(libraries), weights=part.weights, tools=_versions(kernels))
-
-
-def _versions(kernels: int) -> dict[str, str]:
-    table = {"kernels": str(kernels), "python": platform.python_version()}
-    for name in ("qcn-compile", "torch", "transformers", "apache-tvm", "triton"):
-        try:
-            table[name] = version(name)
-        except PackageNotFoundError:
-            table[name] = "not installed"
-    return table
-
-
-def _copy_tokenizer(traced: Traced, folder: Path) -> None:
-    folder.mkdir(parents=True)
-    if traced.path is None:
-        return
-    for name in TOKENIZER_FILES:
-        source = traced.path / name
-        if source.is_file():
-            shutil.copyfile(source, folder / name)
-        elif name == "tokenizer.json":
-            raise ModelError(f"{traced.path} has no tokenizer.json; save the tokenizer beside the weights")
-
-
-def progress_bars(stream: Any = None) -> Report:
-    """A reporter that draws one tqdm bar per stage on a terminal and prints nothing elsewhere."""
-    from tqdm import tqdm
-
-    out = stream or sys.stderr
-    bars: dict[str, Any] = {}
-
-    def report(stage: str, done: int, total: int) -> None:
-        if not out.isatty():
-            return
-        if stage not in bars:
-            count = {"unit": "B", "unit_scale": True} if stage == "weights" else {}
-            bars[stage] = tqdm(total=total, desc=stage, file=out, leave=True, **count)
-        bars[stage].n = done
-        bars[stage].refresh()
-        if done >= total:
-            bars.pop(stage).close()
-
-    return report

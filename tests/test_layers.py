@@ -11,8 +11,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LAYERS = [("errors", "settings", "artifact"), ("ir",), ("targets",), ("passes",),
-          ("frontend", "lowering", "planning", "pipeline", "compile", "commands", "cli", "flags", "opt", "opt_run",
-           "plugins", "report", "inspect", "onnx")]
+          ("frontend", "lowering", "planning", "pipeline", "compile", "write", "progress", "commands", "cli", "flags",
+           "opt", "opt_run", "plugins", "report", "inspect", "onnx")]
 ORDER = {name: level for level, names in enumerate(LAYERS) for name in names}
 HEAVY = ("torch", "triton", "tvm", "tvm_ffi", "transformers", "onnx", "networkx")
 

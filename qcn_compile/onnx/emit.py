@@ -33,7 +33,8 @@ def emit(model: str | None, output: Path, options: Options | None = None, force:
 
     Raises a QcnError naming what cannot be written.
     """
-    from qcn_compile.compile import TOKENIZER_FILES, optimise
+    from qcn_compile.compile import optimise
+    from qcn_compile.write import TOKENIZER_FILES
 
     traced = trace_model(locate(model, "cpu"), DType.f32)
     if traced.weights is None or traced.path is None:

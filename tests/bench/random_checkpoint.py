@@ -15,10 +15,10 @@ from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
 import qcn_compile
-from qcn_compile.compile import TOKENIZER_FILES
 from qcn_compile.frontend.checkpoint import INDEX, load_config
 from qcn_compile.frontend.trace import build
 from qcn_compile.ir.types import DType
+from qcn_compile.write import TOKENIZER_FILES
 
 BUNDLED = Path(qcn_compile.__file__).parent / "assets/tiny-coder"
 SHARD = 1 << 30
