@@ -44,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--kv-cache-dtype", choices=["auto", "bf16", "fp8", "fp8_e4m3"],
                      help="type that keys and values are cached in: fp8 (e4m3, GPU targets) halves them")
     top.add_argument("--mamba-ssm-dtype", choices=["float32", "bfloat16"],
-                     help="type of DeltaNet states (default: the checkpoint's, else float32); bfloat16 for CPU targets")
+                     help="type of DeltaNet states (default: the checkpoint's, else float32)")
     top.add_argument("--context-length", type=int, help="longest sequence (default: the model's limit)")
     top.add_argument("--weights", choices=["copied", "late", "dummy"],
                      help="copied into the build (default), bound from the checkpoint by qcn-run --model (late), or "

@@ -32,7 +32,7 @@ INPUTS = {
     "cu_seqlens": "i32[S+1]: first token of each sequence, then T",
     "context_lens": "i32[S]: tokens of the sequence already in the caches before this step",
     "slots": "i32[S]: state slot of each sequence (conv and delta caches), as it was before this step",
-    "into": "i32[S]: the slot that each sequence's state is written to; CPU only",
+    "into": "i32[S]: the slot that each sequence's state is written to",
     "block_table": "i32[S, width]: KV pages of each sequence, row-major",
     "rows": "i32[R]: tokens whose logits are wanted",
     "choice": "i32[R, 16]: how the device chooses each wanted row's token (GPU only, like what follows)",

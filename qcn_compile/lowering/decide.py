@@ -160,11 +160,6 @@ def _states(asked: str | None, traced: Traced, target: Target, reasons: dict[str
     """The type of DeltaNet states: as asked for, else as the checkpoint's config says, else fp32."""
     if asked is not None and asked not in STATES:
         raise UsageError(f"--mamba-ssm-dtype {asked}: choose float32 or bfloat16")
-    if target.kind == "gpu":
-        if asked == "bfloat16":
-            raise UsageError("--mamba-ssm-dtype bfloat16: GPU kernels keep states in float32; leave it out")
-        reasons["states"] = "GPU kernels keep states in float32"
-        return "f32"
     config = str(traced.config.get("mamba_ssm_dtype") or "float32")
     reasons["states"] = "asked for with --mamba-ssm-dtype" if asked else "the checkpoint's config, or the default"
     return STATES.get(asked or config, "f32")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -81,7 +80,7 @@ class CudaExecutable(Plans):
     def launch(self, spans: Sequence[Span], picks: Sequence[Pick | None]) -> CudaStep:
         """Start a step; one pick a wanted row. The step before may still run. Raises as `run` does."""
         plan = self.select(*demand(spans))
-        stage, rows = self._staged(plan, [self._moved(span) for span in spans])
+        stage, rows = self._staged(plan, spans)
         write_choice(self._inputs.arrays["choice"].reshape(-1, WIDTH), picks)
         self._start(plan, stage, rows, picks)
         return CudaStep(self, plan, stage, rows)
@@ -162,13 +161,6 @@ class CudaExecutable(Plans):
             self._return(plan, stage, rows, picks)
         except DeviceError as error:
             raise self._stopped(plan, error) from None
-
-    def _moved(self, span: Span) -> Span:
-        """GPU kernels write a state where they read it: one that goes elsewhere is copied there first."""
-        if span.into is None:
-            return span
-        self.rows.copy_state(span.slot, span.into)
-        return replace(span, slot=span.into, into=None)
 
     def follow(self, name: str, step: np.ndarray) -> None:
         """Start a step of rank 0: the plan of that key on the bytes that rank 0 copied to its device."""

@@ -22,6 +22,7 @@ ITEMSIZE = {"bf16": 2, "f32": 4, "i32": 4, "i64": 8, "fp8": 1}
 _POINTER = re.compile(r"(\w+)(~?)(?:\?(\w+))?:(\{(\w+)\}|\w+)$")
 _BATCH = "token_seq:i32 cu:i32 context_lens:i32 block_table:i32 counts:i32"
 _SPANS = "cu:i32 context_lens:i32 slots:i32 counts:i32"
+_MOVES = "cu:i32 context_lens:i32 slots:i32 into:i32 counts:i32"
 
 
 @dataclass(frozen=True)
@@ -100,16 +101,16 @@ FAMILIES = {
     "moe_down_tiles": Family("moe_tiles", f"h:{{X}} hs?NARROW:f32 {_TILED} o:bf16 counts:i32"),
     "moe_combine": Family("moe_tiles", "o:bf16 weights:f32 r?ADD:bf16 y:bf16 counts:i32"),
     "delta_step": Family("delta", "x:bf16 z:bf16 b~:bf16 a~:bf16 conv_w:f32 decay:f32 dt_bias:f32 norm_w:f32 "
-                                  f"ring:bf16 state:f32 y:bf16 {_SPANS}"),
+                                  f"ring:bf16 state:{{ST}} y:bf16 {_MOVES}"),
     "delta_batch": Family("delta_batch", "x:bf16 z:bf16 b~:bf16 a~:bf16 conv_w:f32 decay:f32 dt_bias:f32 norm_w:f32 "
-                                         f"ring:bf16 state:f32 y:bf16 {_SPANS}"),
+                                         f"ring:bf16 state:{{ST}} y:bf16 {_MOVES}"),
     "delta_one": Family("delta", "x:bf16 z:bf16 b~:bf16 a~:bf16 conv_w:f32 decay:f32 dt_bias:f32 norm_w:f32 "
-                                 "ring:bf16 state:f32 y:bf16 context_lens:i32 slots:i32"),
+                                 "ring:bf16 state:{ST} y:bf16 context_lens:i32 slots:i32"),
     "delta_mix": Family("delta_chunk", f"x:bf16 conv_w:f32 ring:bf16 mixed:bf16 norms:f32 token_seq:i32 {_SPANS}"),
     "delta_solve": Family("delta_chunk", "x:bf16 conv_w:f32 ring:bf16 mixed:bf16 norms:f32 b~:bf16 a~:bf16 decay:f32 "
                                          f"dt_bias:f32 w:bf16 u:bf16 p:bf16 fade:f32 token_seq:i32 {_SPANS}"),
-    "delta_scan": Family("delta_chunk", "x:bf16 mixed:bf16 norms:f32 w:bf16 u:bf16 p:bf16 fade:f32 ring:bf16 state:f32 "
-                                        f"o:bf16 {_SPANS}"),
+    "delta_scan": Family("delta_chunk", "x:bf16 mixed:bf16 norms:f32 w:bf16 u:bf16 p:bf16 fade:f32 ring:bf16 "
+                                        f"state:{{ST}} o:bf16 {_MOVES}"),
     "delta_norm": Family("delta_chunk", "o:bf16 w:f32 z:bf16 y:{Y} ys?NARROW:f32 counts:i32"),
     "rope_table": Family("attention", "positions:i32 inv_freq:f32 cos:f32 sin:f32 counts:i32"),
     "rope_append": Family("attention", "q:bf16 k:bf16 v:bf16 q_w?Q_NORM:f32 k_w?K_NORM:f32 cos:f32 sin:f32 y:bf16 "
@@ -127,7 +128,7 @@ FAMILIES = {
     "attention_prefill": Family("attention_prefill", "q:bf16 gate?GATE:bf16 y:bf16 keys:{KV} values:{KV} "
                                                      f"{_BATCH}"),
 }
-HIDDEN = ("W", "KV", "A", "B", "X", "Y", "R", "ADDEND")  # parameters that only say what a pointer is
+HIDDEN = ("W", "KV", "ST", "A", "B", "X", "Y", "R", "ADDEND")  # parameters that only say what a pointer is
 
 
 def options(kernel: Kernel) -> dict[str, int]:

@@ -53,7 +53,7 @@ _DELTA, _EXPERTS = TABLE["delta_net"], TABLE["moe_experts"]
 
 
 @op("narrow_delta_net", "qkv, z, b, a, conv_w, decay, dt_bias, norm_w, batch",
-    key_heads=int, value_heads=int, key_dim=int, value_dim=int, eps=float, conv=None, delta=None,
+    key_heads=int, value_heads=int, key_dim=int, value_dim=int, eps=float, conv=None, delta=None, rounds=None,
     effects=_DELTA.effects, flops=_DELTA.flops, infer=lambda *types, **attrs: codes_of(_DELTA.infer(*types, **attrs)))  # type: ignore[arg-type]
 def narrow_delta_net(*operands: Any, **attrs: Any) -> tuple[Tensor, Tensor]:
     """(codes, scales) of delta_net of the same operands."""

@@ -68,8 +68,8 @@ class GpuTarget:
         return packing.sizes(layout, encoding, shape)
 
     def cache_unit(self, state: StateType, page_size: int) -> tuple[tuple[int, ...], int]:
-        """kv bf16 or e4m3: ([heads, page, dim], bytes of keys and values); conv bf16: [RING, C]; delta f32:
-        [Hv, Dk, Dv]."""
+        """kv bf16 or e4m3: ([heads, page, dim], bytes of keys and values); conv bf16: [RING, C]; delta f32 or
+        bf16: [Hv, Dk, Dv]."""
         if state.kind is StateKind.kv:
             heads, dim = state.shape
             return (heads, page_size, dim), 2 * heads * dim * page_size * state.dtype.bits // 8
@@ -77,9 +77,9 @@ class GpuTarget:
             if state.shape[1] >= TAPS:
                 raise LoweringError(f"a convolution over {state.shape[1] + 1} tokens: the GPU kernels hold {TAPS}")
             return (RING, state.shape[0]), 2 * RING * state.shape[0]
-        if state.dtype is not DType.f32:
-            raise LoweringError(f"a DeltaNet state in {state.dtype.value}: the GPU kernels keep it in f32")
-        return state.shape, 4 * prod(state.shape)
+        if state.dtype not in (DType.f32, DType.bf16):
+            raise LoweringError(f"a DeltaNet state in {state.dtype.value}: the GPU kernels keep it in f32 or bf16")
+        return state.shape, prod(state.shape) * state.dtype.bits // 8
 
     def emit(self, kernels: Sequence[Kernel], folder: Path,
              progress: Callable[[int, int], None] | None = None) -> list[str]:

@@ -7,15 +7,17 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-import pytest
 
 from qcn_compile.artifact import read_manifest
-from qcn_compile.compile import compile as build
-from qcn_compile.errors import UsageError
+from qcn_compile.compile import Options, optimised
+from qcn_compile.ir.types import StateKind
+from qcn_compile.lowering.buckets import buckets_for
+from qcn_compile.lowering.schedule import kernels_of, schedule
 from qcn_compile.runtime.cli import main
 from qcn_compile.runtime.loaded import load
 from qcn_compile.runtime.prefix.options import PrefixOptions
 from qcn_compile.runtime.speculation.options import SpeculationOptions
+from qcn_compile.targets.registry import load_target
 
 HELDOUT = [json.loads(line)["text"] for line in (Path(__file__).parents[1] / "data/heldout.jsonl").open()]
 PROMPTS = ["def fib(n):\n", "class Stack:\n    def push(self, item):\n" * 6, "x = [1, 2, 3]\n" * 20]
@@ -72,5 +74,16 @@ def test_the_flag_must_agree_with_the_build(builds, capsys):
     assert main([str(builds("bf16-states")), *flags, "bfloat16"]) == 0
     assert main([str(builds("bf16-states")), *flags, "float32"]) == 2
     assert "keeps its states in bf16; build again with qcn-compile --mamba-ssm-dtype float32" in capsys.readouterr().err
-    with pytest.raises(UsageError, match="GPU kernels keep states in float32"):
-        build(None, "h100", "unused", states="bfloat16", weights="dummy")
+
+
+def test_gpu_plans_keep_states_in_bfloat16_too():
+    target = load_target("h100", None)
+    graph = optimised(None, "h100", Options(weights="dummy", states="bfloat16"))
+    states = [state for state in graph.states.values() if state.kind is StateKind.delta]
+    assert states and all(target.cache_unit(state, 32)[1] == 2 * np.prod(state.shape) for state in states)
+    seen = set()
+    for bucket in [b for b in buckets_for("gpu") if b.tokens in (1, 4, 64, 512)]:
+        for kernel in kernels_of([schedule(graph, bucket, target)]):
+            if "ST" in (params := dict(kernel.params)):
+                seen.add((kernel.family, params["ST"]))
+    assert seen == {(name, "bf16") for name in ("delta_one", "delta_step", "delta_batch", "delta_scan")}

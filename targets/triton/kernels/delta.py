@@ -1,5 +1,5 @@
-"""Gated DeltaNet. State [slots, HV, DK, DV] f32; the convolution keeps its last inputs in a ring [slots, RING, C],
-the input of position p at row p % RING.
+"""Gated DeltaNet. State [slots, HV, DK, DV] f32 or bf16; the convolution keeps its last inputs in a ring
+[slots, RING, C], the input of position p at row p % RING. Slot and ring may be written elsewhere (`into`).
 
 RING is large enough that a step of up to RING - 3 tokens writes no row that the same step reads, so programs that share
 channels need no order among them; in longer ones a program owns its channels (`delta_batch`, `delta_chunk`).
@@ -30,14 +30,17 @@ def conv_silu(x, ring, w, c, t, start, context, C: tl.constexpr, TAPS: tl.conste
 
 
 @triton.jit
-def keep_inputs(x, ring, c, start, stop, context, C: tl.constexpr, TAPS: tl.constexpr, RING: tl.constexpr,
-                SX: tl.constexpr, mask):
-    """Write the last TAPS - 1 inputs of this step into the ring."""
+def keep_inputs(x, ring, into, other, c, start, stop, context, C: tl.constexpr, TAPS: tl.constexpr,
+                RING: tl.constexpr, SX: tl.constexpr, mask):
+    """Write the last TAPS - 1 inputs into the ring `into`: of this step, and those before it when it is an `other`."""
     for j in tl.static_range(1, TAPS):
         t = stop - j
-        row = (context + t - start + RING) % RING
+        position = context + t - start
+        row = ((position + RING) % RING) * C + c
+        old = mask & (t < start) & (position >= 0) & other
         v = tl.load(x + t * SX + c, mask=mask & (t >= start), other=0.0)
-        tl.store(ring + row * C + c, v, mask=mask & (t >= start))
+        v += tl.load(ring + row, mask=old, other=0.0)
+        tl.store(into + row, v, mask=(mask & (t >= start)) | old)
 
 
 @triton.jit
@@ -89,7 +92,7 @@ def delta_one(x, z, b, a, conv_w, decay, dt_bias, norm_w, ring, state, y, contex
     ik, iv, which = tl.arange(0, DK), tl.arange(0, DV), tl.arange(0, 2)[:, None]
     slot, context = tl.load(slots).to(tl.int64), tl.load(context_lens)
     at = state + (slot * HV + h) * (DK * DV) + ik[:, None] * DV + iv[None, :]
-    st = tl.load(at, mask=(context > 0) & (ik[:, None] >= 0) & (iv[None, :] >= 0), other=0.0)
+    st = tl.load(at, mask=(context > 0) & (ik[:, None] >= 0) & (iv[None, :] >= 0), other=0.0).to(tl.float32)
     own = ring + slot * (RING * channels)
     # q and k as one tensor [2, DK]: enough elements that Triton loads each once and hands them on through shared memory
     cqk, cv = which * (HK * DK) + group * DK + ik[None, :], 2 * HK * DK + h * DV + iv
@@ -109,7 +112,7 @@ def delta_one(x, z, b, a, conv_w, decay, dt_bias, norm_w, ring, state, y, contex
     kk, qq, kq = tl.reduce((k * k, q * q, k * q), 0, add_three)
     k_unit, q_unit = tl.rsqrt(kk + 1e-6), tl.rsqrt(qq + 1e-6) * (DK ** -0.5)
     change = (v - fade * k_unit * by_k) * beta
-    tl.store(at, fade * st + (k * k_unit)[:, None] * change[None, :])
+    tl.store(at, (fade * st + (k * k_unit)[:, None] * change[None, :]).to(state.dtype.element_ty))
     out = rounded(q_unit * (fade * by_q + kq * k_unit * change))
     out = out * tl.rsqrt(tl.sum(out * out, 0) / DV + EPS) * gate
     tl.store(y + h * DV + iv, out.to(tl.bfloat16))
@@ -120,7 +123,7 @@ def delta_one(x, z, b, a, conv_w, decay, dt_bias, norm_w, ring, state, y, contex
 
 
 @triton.jit
-def delta_step(x, z, b, a, conv_w, decay, dt_bias, norm_w, ring, state, y, cu, context_lens, slots, counts,
+def delta_step(x, z, b, a, conv_w, decay, dt_bias, norm_w, ring, state, y, cu, context_lens, slots, into, counts,
                HK: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, TAPS: tl.constexpr,
                RING: tl.constexpr, SX: tl.constexpr, SZ: tl.constexpr, SB: tl.constexpr, SA: tl.constexpr,
                EPS: tl.constexpr, PDL: tl.constexpr):
@@ -134,11 +137,13 @@ def delta_step(x, z, b, a, conv_w, decay, dt_bias, norm_w, ring, state, y, cu, c
     slot = tl.load(slots + s, mask=alive, other=0).to(tl.int64)
     context = tl.load(context_lens + s, mask=alive, other=0)
     start, stop = tl.load(cu + s, mask=alive, other=0), tl.load(cu + s + 1, mask=alive, other=0)
-    at = state + (slot * HV + h) * (DK * DV) + ik[:, None] * DV + iv[None, :]
-    st = tl.load(at, mask=alive & (context > 0) & (ik[:, None] >= 0), other=0.0)
+    moved = tl.load(into + s, mask=alive, other=0).to(tl.int64)
+    cell = ik[:, None] * DV + iv[None, :]
+    at = state + (slot * HV + h) * (DK * DV) + cell
+    st = tl.load(at, mask=alive & (context > 0) & (ik[:, None] >= 0), other=0.0).to(tl.float32)
     head_decay, head_bias = tl.load(decay + h), tl.load(dt_bias + h)
     norm = tl.load(norm_w + iv)
-    own = ring + slot * (RING * channels)
+    own, kept = ring + slot * (RING * channels), ring + moved * (RING * channels)
     cq, ck, cv = group * DK + ik, HK * DK + group * DK + ik, 2 * HK * DK + h * DV + iv
     begin(PDL)
     for t in range(start, stop):
@@ -151,8 +156,9 @@ def delta_step(x, z, b, a, conv_w, decay, dt_bias, norm_w, ring, state, y, cu, c
         gate = silu(tl.load(z + t * SZ + h * DV + iv).to(tl.float32))
         out = out * tl.rsqrt(tl.sum(out * out, 0) / DV + EPS) * norm * gate
         tl.store(y + t * (HV * DV) + h * DV + iv, out.to(tl.bfloat16))
-    tl.store(at, st, mask=alive & (ik[:, None] >= 0) & (iv[None, :] >= 0))
-    keep_inputs(x, own, cv, start, stop, context, channels, TAPS, RING, SX, iv >= 0)
+    at = state + (moved * HV + h) * (DK * DV) + cell
+    tl.store(at, st.to(state.dtype.element_ty), mask=alive & (ik[:, None] >= 0) & (iv[None, :] >= 0))
+    keep_inputs(x, own, kept, moved != slot, cv, start, stop, context, channels, TAPS, RING, SX, iv >= 0)
     if h % repeat == 0:
-        keep_inputs(x, own, cq, start, stop, context, channels, TAPS, RING, SX, ik >= 0)
-        keep_inputs(x, own, ck, start, stop, context, channels, TAPS, RING, SX, ik >= 0)
+        keep_inputs(x, own, kept, moved != slot, cq, start, stop, context, channels, TAPS, RING, SX, ik >= 0)
+        keep_inputs(x, own, kept, moved != slot, ck, start, stop, context, channels, TAPS, RING, SX, ik >= 0)

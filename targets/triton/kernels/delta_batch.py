@@ -8,7 +8,7 @@ from qcn_compile.targets.triton.kernels.delta import conv_silu, keep_inputs, ste
 
 
 @triton.jit
-def delta_batch(x, z, b, a, conv_w, decay, dt_bias, norm_w, ring, state, y, cu, context_lens, slots, counts,
+def delta_batch(x, z, b, a, conv_w, decay, dt_bias, norm_w, ring, state, y, cu, context_lens, slots, into, counts,
                 HK: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, TAPS: tl.constexpr,
                 RING: tl.constexpr, SX: tl.constexpr, SZ: tl.constexpr, SB: tl.constexpr, SA: tl.constexpr,
                 EPS: tl.constexpr, PDL: tl.constexpr):
@@ -20,9 +20,10 @@ def delta_batch(x, z, b, a, conv_w, decay, dt_bias, norm_w, ring, state, y, cu, 
     ik, iv = tl.arange(0, DK), tl.arange(0, DV)
     alive = s < tl.load(counts + 1)
     slot = tl.load(slots + s, mask=alive, other=0).to(tl.int64)
+    moved = tl.load(into + s, mask=alive, other=0).to(tl.int64)
     context = tl.load(context_lens + s, mask=alive, other=0)
     start, stop = tl.load(cu + s, mask=alive, other=0), tl.load(cu + s + 1, mask=alive, other=0)
-    own = ring + slot * (RING * channels)
+    own, kept = ring + slot * (RING * channels), ring + moved * (RING * channels)
     cq, ck = group * DK + ik, HK * DK + group * DK + ik
     norm = tl.load(norm_w + iv)
     begin(PDL)
@@ -30,8 +31,9 @@ def delta_batch(x, z, b, a, conv_w, decay, dt_bias, norm_w, ring, state, y, cu, 
         h = group * repeat + j
         cv = 2 * HK * DK + h * DV + iv
         head_decay, head_bias = tl.load(decay + h), tl.load(dt_bias + h)
-        at = state + (slot * HV + h) * (DK * DV) + ik[:, None] * DV + iv[None, :]
-        st = tl.load(at, mask=alive & (context > 0) & (ik[:, None] >= 0), other=0.0)
+        cell = h * (DK * DV) + ik[:, None] * DV + iv[None, :]
+        at = state + slot * (HV * DK * DV) + cell
+        st = tl.load(at, mask=alive & (context > 0) & (ik[:, None] >= 0), other=0.0).to(tl.float32)
         for t in range(start, stop):
             q = conv_silu(x, own, conv_w, cq, t, start, context, channels, TAPS, RING, SX, ik >= 0)
             k = conv_silu(x, own, conv_w, ck, t, start, context, channels, TAPS, RING, SX, ik >= 0)
@@ -42,10 +44,11 @@ def delta_batch(x, z, b, a, conv_w, decay, dt_bias, norm_w, ring, state, y, cu, 
             gate = silu(tl.load(z + t * SZ + h * DV + iv).to(tl.float32))
             out = out * tl.rsqrt(tl.sum(out * out, 0) / DV + EPS) * norm * gate
             tl.store(y + t * (HV * DV) + h * DV + iv, out.to(tl.bfloat16))
-        tl.store(at, st, mask=alive & (ik[:, None] >= 0) & (iv[None, :] >= 0))
+        at = state + moved * (HV * DK * DV) + cell
+        tl.store(at, st.to(state.dtype.element_ty), mask=alive & (ik[:, None] >= 0) & (iv[None, :] >= 0))
     tl.debug_barrier()
-    keep_inputs(x, own, cq, start, stop, context, channels, TAPS, RING, SX, ik >= 0)
-    keep_inputs(x, own, ck, start, stop, context, channels, TAPS, RING, SX, ik >= 0)
+    keep_inputs(x, own, kept, moved != slot, cq, start, stop, context, channels, TAPS, RING, SX, ik >= 0)
+    keep_inputs(x, own, kept, moved != slot, ck, start, stop, context, channels, TAPS, RING, SX, ik >= 0)
     for j in tl.static_range(repeat):
         cv = 2 * HK * DK + (group * repeat + j) * DV + iv
-        keep_inputs(x, own, cv, start, stop, context, channels, TAPS, RING, SX, iv >= 0)
+        keep_inputs(x, own, kept, moved != slot, cv, start, stop, context, channels, TAPS, RING, SX, iv >= 0)

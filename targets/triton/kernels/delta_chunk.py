@@ -131,7 +131,7 @@ def delta_solve(x, conv_w, ring, mixed, norms, b, a, decay, dt_bias, w, u, p, fa
 
 
 @triton.jit
-def delta_scan(x, mixed, norms, w, u, p, fade, ring, state, o, cu, context_lens, slots, counts, HK: tl.constexpr,
+def delta_scan(x, mixed, norms, w, u, p, fade, ring, state, o, cu, context_lens, slots, into, counts, HK: tl.constexpr,
                HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr, CH: tl.constexpr,
                TAPS: tl.constexpr, RING: tl.constexpr, SX: tl.constexpr, PIPE: tl.constexpr, PDL: tl.constexpr):
     """Chunk after chunk of one sequence, BV value columns of one head: outputs o [T, HV, DV] before the gated norm, the
@@ -145,8 +145,10 @@ def delta_scan(x, mixed, norms, w, u, p, fade, ring, state, o, cu, context_lens,
     if s < tl.load(counts + 1):
         context, slot = tl.load(context_lens + s), tl.load(slots + s).to(tl.int64)
         start, stop = tl.load(cu + s), tl.load(cu + s + 1)
-        at = state + (slot * HV + h) * (DK * DV) + ik[:, None] * DV + iv[None, :]
-        st = tl.load(at, mask=(context > 0) & (ik[:, None] >= 0) & (iv[None, :] >= 0), other=0.0)
+        moved = tl.load(into + s).to(tl.int64)
+        cell = h * (DK * DV) + ik[:, None] * DV + iv[None, :]
+        at = state + slot * (HV * DK * DV) + cell
+        st = tl.load(at, mask=(context > 0) & (ik[:, None] >= 0) & (iv[None, :] >= 0), other=0.0).to(tl.float32)
         for chunk in tl.range(start // CH, tl.cdiv(stop, CH), num_stages=PIPE):
             t = chunk * CH + i
             mine = (t >= start) & (t < stop)
@@ -170,13 +172,15 @@ def delta_scan(x, mixed, norms, w, u, p, fade, ring, state, o, cu, context_lens,
             st *= tl.exp(whole)
             st = tl.dot(tl.trans(ks), (new * (k_norm * tl.exp(whole - total))[:, None]).to(tl.bfloat16), st)
             tl.store(o + place * DV + iv[None, :], out.to(tl.bfloat16), mask=rows & (iv >= 0)[None, :])
-        tl.store(at, st)
-        own = ring + slot * (RING * channels)
-        keep_inputs(x, own, 2 * HK * DK + h * DV + iv, start, stop, context, channels, TAPS, RING, SX, iv >= 0)
+        tl.store(state + moved * (HV * DK * DV) + cell, st.to(state.dtype.element_ty))
+        own, kept = ring + slot * (RING * channels), ring + moved * (RING * channels)
+        other = moved != slot
+        cv = 2 * HK * DK + h * DV + iv
+        keep_inputs(x, own, kept, other, cv, start, stop, context, channels, TAPS, RING, SX, iv >= 0)
         if (part == 0) & (h % repeat == 0):
             for side in tl.static_range(2):
                 c = side * HK * DK + group * DK + ik
-                keep_inputs(x, own, c, start, stop, context, channels, TAPS, RING, SX, ik >= 0)
+                keep_inputs(x, own, kept, other, c, start, stop, context, channels, TAPS, RING, SX, ik >= 0)
 
 
 @triton.jit

@@ -5,6 +5,7 @@ from __future__ import annotations
 from qcn_compile.targets.base import Call, Param, Ref
 from qcn_compile.targets.triton.lowering.site import (
     COUNTS,
+    MOVES,
     SPANS,
     TOKEN_SEQ,
     Site,
@@ -38,8 +39,8 @@ def chunked(site: Site, sizes: dict[str, Param], conv: dict[str, Param], gates: 
         call("delta_solve", [site.ref(0), weights, state("conv"), mixed, norms, site.ref(2), site.ref(3), site.ref(5),
                              site.ref(6), w, u, p, fade, TOKEN_SEQ, *SPANS], (chunks, hv), CH=CHUNK,
              WARPS=4, **sizes, **conv, **gates),
-        call("delta_scan", [site.ref(0), mixed, norms, w, u, p, fade, state("conv"), state("delta"), o, *SPANS],
-             (hv, cdiv(dv, column), site.bucket.sequences), BV=column, CH=CHUNK, PIPE=3, WARPS=4,
+        call("delta_scan", [site.ref(0), mixed, norms, w, u, p, fade, state("conv"), state("delta"), o, *MOVES],
+             (hv, cdiv(dv, column), site.bucket.sequences), BV=column, CH=CHUNK, PIPE=3, ST=site.held, WARPS=4,
              **sizes, **conv),
         call("delta_norm", [o, site.ref(7), site.ref(1), *results(site), COUNTS], (cdiv(tokens * hv, rows),), HV=hv,
              DV=dv, BR=rows, SZ=site.stride(1), EPS=site.real("eps"), WARPS=4, **result_kind(site))]

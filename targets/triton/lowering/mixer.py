@@ -8,6 +8,7 @@ from qcn_compile.targets.triton.lowering.single import CHOICE
 from qcn_compile.targets.triton.lowering.site import (
     BATCH,
     COUNTS,
+    MOVES,
     SPANS,
     Site,
     call,
@@ -112,11 +113,11 @@ def delta_net(site: Site) -> list[Call]:
     gates: dict[str, Param] = {"SB": site.stride(2), "SA": site.stride(3)}
     if site.bucket.sequences == site.bucket.tokens:
         args = [*(site.ref(i) for i in range(4)), weights, *(site.ref(i) for i in (5, 6, 7)), state("conv"),
-                state("delta"), result(), *SPANS]
+                state("delta"), result(), *MOVES]
         if site.bucket.tokens == 1:
-            return [call("delta_one", args[:-4] + args[-3:-1], (hv,), **sizes, TAPS=taps, RING=site.ring,
-                         EPS=site.real("eps"), WARPS=CHOICE["delta"]["WARPS"])]
-        gates |= {"SZ": site.stride(1), "EPS": site.real("eps")}
+            return [call("delta_one", [*args[:-5], *SPANS[1:-1]], (hv,), **sizes, TAPS=taps, RING=site.ring,
+                         EPS=site.real("eps"), ST=site.held, WARPS=CHOICE["delta"]["WARPS"])]
+        gates |= {"SZ": site.stride(1), "EPS": site.real("eps"), "ST": site.held}
         if site.decode:
             return [call("delta_step", args, (hv, site.bucket.sequences), **sizes, **conv, **gates, WARPS=4)]
         return [call("delta_batch", args, (int(sizes["HK"]), site.bucket.sequences), **sizes, **conv, **gates, WARPS=4)]

@@ -11,9 +11,10 @@ from qcn_compile.targets.base import Call, Kernel, Param, Ref
 from qcn_compile.targets.site import BATCH, COUNTS, SPANS, BaseSite, inner, result, state
 from qcn_compile.targets.triton.families import ITEMSIZE
 
-__all__ = ["BATCH", "COUNTS", "FEW", "SPANS", "TOKEN_SEQ", "Site", "call", "cdiv", "inner", "power", "result",
+__all__ = ["BATCH", "COUNTS", "FEW", "MOVES", "SPANS", "TOKEN_SEQ", "Site", "call", "cdiv", "inner", "power", "result",
            "result_kind", "results", "scratch", "state"]
 TOKEN_SEQ = Ref("input", name="token_seq")
+MOVES = (*SPANS[:-1], Ref("input", name="into"), COUNTS)
 FEW = 4  # tokens for which kernels go through the experts pair by pair and keep activations in bf16
 COUNT = {"T": 0, "S": 1, "R": 2}
 
@@ -69,6 +70,11 @@ class Site(BaseSite):
     def cached(self) -> str:
         """The type that the op's keys and values are cached in, as kernels name it."""
         return "fp8" if self.op.attrs.get("stored") == "f8e4m3" else "bf16"
+
+    @property
+    def held(self) -> str:
+        """The type that the op's DeltaNet state is kept in."""
+        return "bf16" if self.op.attrs.get("rounds") == "bf16" else "f32"
 
     def activation(self, index: int) -> TensorType:
         """The type of a bf16 operand."""

@@ -145,18 +145,24 @@ def deltas() -> list[Trialled]:
         if bucket is LONG:  # operands of the chunks' products are bf16: a chain of five roundings
             case.tolerance = 0.01
         found.append((case, BATCHES[bucket.name]))
+        if bucket is not LONG:
+            narrow = Case(f"delta_net in bf16{' to other slots' * (bucket is not DECODE_1)} {bucket.name}", bucket,
+                          tolerance=0.02, moves=bucket is not DECODE_1)  # the reference rounds after every token
+            _delta(narrow, hk, hv, dk, dv, "delta_net", DType.bf16)
+            found.append((narrow, BATCHES[bucket.name]))
     return found
 
 
-def _delta(case: Case, hk: int, hv: int, dk: int, dv: int, name: str) -> None:
+def _delta(case: Case, hk: int, hv: int, dk: int, dv: int, name: str, state: DType = DType.f32) -> None:
     channels = 2 * hk * dk + hv * dv
     conv = case.state("conv", StateKind.conv, DType.bf16, (channels, 3))
-    delta = case.state("delta", StateKind.delta, DType.f32, (hv, dk, dv))
+    delta = case.state("delta", StateKind.delta, state, (hv, dk, dv))
     operands = [case.input("qkv", f"bf16[T,{channels}]", more=16), case.input("z", f"bf16[T,{hv * dv}]", more=16),
                 case.input("b", f"bf16[T,{hv}]", more=1), case.input("a", f"bf16[T,{hv}]", more=3),
                 case.weight("conv_w", (channels, 4), scale=0.5), case.weight("decay", (hv,), scale=-0.3),
                 case.weight("dt_bias", (hv,)), case.weight("norm_w", (dv,), scale=1.0), case.batch]
-    case.op(name, operands, key_heads=hk, value_heads=hv, key_dim=dk, value_dim=dv, eps=1e-6, conv=conv, delta=delta)
+    case.op(name, operands, key_heads=hk, value_heads=hv, key_dim=dk, value_dim=dv, eps=1e-6, conv=conv, delta=delta,
+            **({} if state is DType.f32 else {"rounds": state.value}))
 
 
 def narrows() -> list[Trialled]:

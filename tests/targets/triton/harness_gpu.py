@@ -63,6 +63,7 @@ class Case:
     ops: list[Op] = field(default_factory=list)
     states: dict[str, StateType] = field(default_factory=dict)
     tolerance: float = 6e-3
+    moves: bool = False  # states are written to other slots
     batch: Value = field(default_factory=lambda: Value("batch", BatchType()))
 
     def input(self, name: str, type_: str, more: int = 0, ints: tuple[int, int | str] | None = None,
@@ -188,9 +189,10 @@ class Trial:
         for s, n in enumerate(self.pages_of):
             table[s, :n] = order[at:at + n]
             at += n
-        self.slots = count + 2
+        self.slots = 2 * count + 2
+        slots = self.rng.permutation(self.slots)
         self.arrays = {"cu_seqlens": np.cumsum([0, *lengths]), "context_lens": contexts, "block_table": table,
-                       "slots": self.rng.permutation(self.slots)[:count],
+                       "slots": slots[:count], "into": slots[count:2 * count] if self.case.moves else slots[:count],
                        "token_seq": np.repeat(np.arange(count), lengths),
                        "last": np.zeros(self.slots),
                        "counts": [self.sizes["T"], count, self.sizes["R"], wide]}
@@ -322,16 +324,19 @@ class Trial:
                 elif state.kind is StateKind.conv:
                     got, want = self._ring_pairs(got, want)
                 else:
-                    used = np.asarray(self.arrays["slots"], np.int64)
-                    got, want = got[used], want[used]
+                    got, want = got[self.arrays["into"]], want[self.arrays["slots"]]
                 found.append((f"cache {name} {part}", got, want))
+                if self.case.moves and not part:
+                    kept = [line[f"state {name} "].reshape(-1)[:np.prod(units) * state.dtype.bits // 8].reshape(
+                        self.slots, -1)[self.arrays["slots"]].astype(np.int32) for line in (after, self.buffers)]
+                    found.append((f"cache {name} where it was", *kept))
         return found
 
     def _ring_pairs(self, ring: np.ndarray, want: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         got, kept = [], []
         for s, slot in enumerate(self.arrays["slots"]):
             for column, row in self._ring(s, self.ragged.context(s) + self.ragged.lengths[s]):
-                got.append(ring[slot, row])
+                got.append(ring[self.arrays["into"][s], row])
                 kept.append(want[slot, :, column])
         return np.array(got), np.array(kept)
 
