@@ -1,6 +1,7 @@
 """200 streams for some minutes with cancels, slow readers and killed clients; then everything must be given back.
 
 python tests/bench/soak.py BUILD [--minutes 5] [--streams 200] [--threads 1] [--health-ms 100]
+At last SIGTERM amid streams, and SIGKILL amid the next server's load; both servers after find the prefixes of before.
 Prints what was measured as JSON; the exit code is 1 when a check failed. Memory is compared with a first look after
 a fifth of the time, when the caches are full.
 """
@@ -17,10 +18,12 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 from soak_clients import Crowd, cases
+from soak_end import LONG, STREAMS, drained, killed, reused
 
 HERE = Path(__file__).parent
 KILLED = 8  # streams of a client process that is killed
@@ -30,9 +33,9 @@ GROWTH, SLACK = 1.05, 20e6
 class Child:
     """The server's process."""
 
-    def __init__(self, build, threads):
-        self.process = subprocess.Popen([sys.executable, str(HERE / "soak_server.py"), str(build), str(threads)],
-                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    def __init__(self, build, threads, store):
+        command = [sys.executable, str(HERE / "soak_server.py"), str(build), str(threads), str(store)]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.port = json.loads(self.process.stdout.readline())["port"]
         end = time.monotonic() + 30
         while socket.socket().connect_ex(("127.0.0.1", self.port)):
@@ -117,6 +120,24 @@ async def load_for(child, crowd, streams, seconds):
     return json.loads(await asyncio.to_thread(lambda: watcher.communicate()[0])), megabytes, victims.killed
 
 
+async def endings(start):
+    """What SIGTERM and SIGKILL did to a server each, and what the next one found; `start` starts one."""
+    bodies = [{**body, "max_tokens": LONG} for body in cases(STREAMS, seed=1)]
+    child = start()
+    try:
+        alone = Crowd(child.port, bodies)
+        references = [await alone.ask(body) for body in bodies]
+        result = {"drained": await drained(child, bodies, references)}
+        child = start()
+        result["after_sigterm"] = await reused(child, bodies, references)
+        await killed(child, bodies, 3.0)
+        child = start()
+        result["after_sigkill"] = await reused(child, bodies, references)
+        return {**result, "code": child.end()}
+    finally:
+        child.process.kill()
+
+
 async def soak(child, streams, seconds, count):
     """Everything that was measured."""
     bodies = list(cases(count))
@@ -139,6 +160,7 @@ async def soak(child, streams, seconds, count):
 def faults(result, code, health_ms):
     """What is not as it must be."""
     start, end = result["start"], result["end"]
+    drain, found = result["endings"]["drained"], [result["endings"][f"after_{name}"] for name in ("sigterm", "sigkill")]
     failed = sum(count for kind, count in result["ended"].items() if kind == "hung" or kind.startswith("failed"))
     checks = [
         (result["wrong"] == 0, f"{result['wrong']} wrong streams"), (failed == 0, f"{failed} hung or failed"),
@@ -150,7 +172,10 @@ def faults(result, code, health_ms):
         (end["threads"] <= result["warm"]["threads"], f"threads: {result['warm']['threads']} -> {end['threads']}"),
         (end["rss"] <= GROWTH * result["warm"]["rss"] + SLACK, f"memory: {result['warm']['rss']} -> {end['rss']}"),
         (result["health_ms"]["p99"] <= health_ms, f"/health p99 {result['health_ms']['p99']} ms"),
-        (code == 0, f"the exit code after SIGTERM is {code}")]
+        (code == 0, f"the exit code after SIGTERM is {code}"),
+        (drain["running"] == drain["whole"] == STREAMS and drain["code"] == 0 and 200 not in drain["refused"],
+         f"SIGTERM amid streams: {drain}"),
+        (all(f["wrong"] == 0 and f["cached"] > 0.3 and f["integrity"] == "ok" for f in found), f"store: {found}")]
     return [text for fine, text in checks if not fine]
 
 
@@ -163,12 +188,14 @@ def main(argv=None):
     p.add_argument("--cases", type=int, default=40, help="different requests")
     p.add_argument("--health-ms", type=float, default=100.0, help="most for the 99th percentile of /health")
     arguments = p.parse_args(argv)
-    child = Child(arguments.build, arguments.threads)
-    try:
-        result = asyncio.run(soak(child, arguments.streams, 60 * arguments.minutes, arguments.cases))
-        code = child.end()
-    finally:
-        child.process.kill()
+    with tempfile.TemporaryDirectory() as store:
+        child = Child(arguments.build, arguments.threads, store)
+        try:
+            result = asyncio.run(soak(child, arguments.streams, 60 * arguments.minutes, arguments.cases))
+            code = child.end()
+        finally:
+            child.process.kill()
+        result["endings"] = asyncio.run(endings(lambda: Child(arguments.build, arguments.threads, store)))
     found = faults(result, code, arguments.health_ms)
     machine = f"{platform.machine()}, {os.cpu_count()} cores"
     print(json.dumps({**result, "machine": machine, "date": time.strftime("%Y-%m-%d"), "faults": found}, indent=1))

@@ -1,6 +1,6 @@
 """The server under soak: as `qcn-run --port`, and each line on stdin is answered by what it holds right now.
 
-python tests/bench/soak_server.py BUILD THREADS
+python tests/bench/soak_server.py BUILD THREADS STORE
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import os
 import sys
 import threading
 from collections import Counter
+from pathlib import Path
 
 from qcn_compile.runtime.loaded import load
 from qcn_compile.runtime.prefix.options import PrefixOptions
@@ -22,6 +23,7 @@ from qcn_compile.runtime.server.service import Service
 ARENA, ARENA_PART = 64 << 20, 1 << 20  # malloc's arenas of threads
 SLOTS, CONTEXT = 64, 2048
 CACHE_BYTES, HOST_BYTES = 60_000_000, 16_000_000  # small: all of it was used before the first look at memory
+STORE_BYTES = 300_000_000  # of files
 
 
 def resident():
@@ -68,8 +70,8 @@ def answer(model, service, server):
         print(json.dumps(found), flush=True)
 
 
-def main(build, threads):
-    prefix = PrefixOptions(host_bytes=HOST_BYTES)
+def main(build, threads, store):
+    prefix = PrefixOptions(host_bytes=HOST_BYTES, store=store, store_bytes=STORE_BYTES)
     with listen("127.0.0.1", 0) as listener, load(
             build, context_length=CONTEXT, threads=threads, max_running_requests=SLOTS, cache_memory=CACHE_BYTES,
             prefix=prefix) as model:
@@ -82,4 +84,4 @@ def main(build, threads):
 
 if __name__ == "__main__":
     with contextlib.suppress(KeyboardInterrupt):
-        sys.exit(main(sys.argv[1], int(sys.argv[2])))
+        sys.exit(main(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])))
