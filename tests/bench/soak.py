@@ -150,9 +150,11 @@ async def soak(child, streams, seconds, count):
     latencies, megabytes, killed = await load_for(child, crowd, streams, 4 * seconds / 5)
     end = child.idle()
     latencies.sort()
+    took = sorted(crowd.took)
     return {"streams": streams, "seconds": seconds, "ended": dict(crowd.ended), "clients_killed": killed,
             "wrong": len(crowd.wrong), "examples": crowd.wrong[:2], "start": start, "warm": warm, "end": end,
             "rss_mb": megabytes,
+            "plain_s": {"p50": round(took[len(took) // 2], 2), "max": round(took[-1], 2)},
             "health_ms": {f"p{p}": round(latencies[len(latencies) * p // 100], 1) for p in (50, 90, 99)},
             "health_max_ms": round(latencies[-1], 1)}
 

@@ -54,6 +54,7 @@ class Crowd:
     def __init__(self, port, bodies, references=None, seed=0):
         self.server, self.bodies, self.references = Server("127.0.0.1", port), bodies, references
         self.rng, self.ended, self.wrong = random.Random(seed), Counter(), []
+        self.took = []  # seconds of those read to the end without pauses
 
     async def ask(self, body, most=None):
         async with self.server.request("POST", "/v1/chat/completions", body) as answer:
@@ -67,9 +68,11 @@ class Crowd:
         while time.monotonic() < end:
             place = self.rng.randrange(len(self.bodies))
             kind = self.rng.choices((PLAIN, CANCEL, SLOW), (60, 25, 15))[0]
+            start = time.monotonic()
             try:
                 async with asyncio.timeout(HANG):
                     self._compare(place, kind, await self._one(kind, self.bodies[place]))
+                self.took += [time.monotonic() - start] * (kind == PLAIN)
             except TimeoutError:
                 self.ended["hung"] += 1
             except (OSError, HttpError, ValueError) as error:
