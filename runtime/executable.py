@@ -79,6 +79,12 @@ class Plans:
         self.least_token = 0  # a device that chooses tokens has names below for those it has not told yet
         self.team: Team | None = None  # the other ranks, which run every step of rank 0, too
 
+    def change(self, changed: Callable[[Plan], Plan]) -> None:
+        """Other plans in place of these."""
+        self._plans = [changed(plan) for plan in self._plans]
+        self._draft_plans = [changed(plan) for plan in self._draft_plans]
+        self._every = [*self._plans, *self._draft_plans]
+
     @property
     def capacities(self) -> tuple[Capacity, ...]:
         """What each plan holds, smallest first."""

@@ -77,11 +77,14 @@ class Ref:
 
 @dataclass(frozen=True)
 class Call:
-    """One launch: the kernel, its arguments in order, and on a GPU its grid for the bucket's capacity."""
+    """One launch: the kernel, its arguments in order, and on a GPU its grid for the bucket's capacity; `others` do the
+    same, and the card chooses among them for all launches of a `role` at once."""
 
     kernel: Kernel
     args: tuple[Ref, ...]
     grid: tuple[int, ...] = ()
+    role: str = ""
+    others: tuple[tuple[Kernel, tuple[int, ...]], ...] = ()
 
 
 class Target(Protocol):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-SCHEMA = 2
+SCHEMA = 3
 ALIGNMENT = 64
 
 
@@ -63,7 +63,8 @@ class Collective:
 class Launch:
     """One kernel call: its symbol, its arguments in order, and the op of the final graph it came from.
 
-    `grid` is the launch grid on a GPU (static in a bucket) and empty on a CPU.
+    `grid` is the launch grid on a GPU (static in a bucket) and empty on a CPU. `others`: kernels and grids that do the
+    same; the card chooses one for all launches of a `role` when the build is first loaded.
     """
 
     kernel: str
@@ -74,6 +75,8 @@ class Launch:
     flops: int = 0
     grid: tuple[int, ...] = ()
     collective: Collective | None = None
+    role: str = ""
+    others: tuple[tuple[str, tuple[int, ...]], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -118,7 +121,8 @@ class Plan:
     def from_json(data: dict[str, Any]) -> Plan:
         launches = tuple(
             Launch(**{**row, "args": tuple(Arg(**arg) for arg in row["args"]), "grid": tuple(row["grid"]),
-                      "collective": Collective(**row["collective"]) if row.get("collective") else None})
+                      "collective": Collective(**row["collective"]) if row.get("collective") else None,
+                      "others": tuple((kernel, tuple(grid)) for kernel, grid in row.get("others", ()))})
             for row in data["launches"]
         )
         routes = tuple(Route(**row) for row in data.get("routes", ()))

@@ -48,7 +48,8 @@ def make_plan(schedule: Schedule, names: Mapping[BlobKey, str]) -> tuple[Plan, l
         args = tuple(_argument(schedule, step.op, ref, offsets, names) for ref in step.call.args)
         launches.append(Launch(step.call.kernel.symbol, args, f"{step.op.name} %{step.op.results[0].name}",
                                str(step.op.loc), bytes_, flops, step.call.grid,
-                               _collective(step.op) if step.collective else None))
+                               _collective(step.op) if step.collective else None, step.call.role,
+                               tuple((kernel.symbol, grid) for kernel, grid in step.call.others)))
     bucket = schedule.bucket
     plan = Plan(schedule.graph.name, bucket.name, bucket.tokens, bucket.sequences, bucket.rows, total,
                 tuple(launches), _outputs(schedule.graph, schedule, offsets), _routes(schedule, offsets))

@@ -102,8 +102,9 @@ def _collective(op: Op, result: Schedule, target: Target) -> list[Step]:
 
 def kernels_of(schedules: Iterable[Schedule]) -> list[Kernel]:
     """Every kernel that some schedule launches, once."""
-    return list(dict.fromkeys(step.call.kernel for schedule in schedules for step in schedule.steps
-                              if not step.collective or step.call.kernel.params))
+    return list(dict.fromkeys(kernel for schedule in schedules for step in schedule.steps
+                              if not step.collective or step.call.kernel.params
+                              for kernel in (step.call.kernel, *(other for other, _ in step.call.others))))
 
 
 def _operand(value: Value | None, result: Schedule) -> Operand | None:

@@ -15,13 +15,10 @@ from qcn_compile.artifact import Arg, Launch, Manifest, Plan
 from qcn_compile.errors import ArtifactError, DeviceError
 from qcn_compile.runtime.batch import Span, demand
 from qcn_compile.runtime.choice import Pick
+from qcn_compile.runtime.cuda.choosing import choose, kept_in, kernels, middling, remembered, roles, timed, with_picks
 from qcn_compile.runtime.cuda.device import ALIGNMENT, CudaDevice
 from qcn_compile.runtime.cuda.exchange import Exchange
-from qcn_compile.runtime.cuda.footprint import (
-    cache_groups,
-    footprint,
-    pitch,
-)
+from qcn_compile.runtime.cuda.footprint import cache_groups, footprint, pitch
 from qcn_compile.runtime.cuda.hidden import HiddenStates
 from qcn_compile.runtime.cuda.rows import CudaRows, Group
 from qcn_compile.runtime.cuda.sampling import WIDTH, SlotArrays, write_choice, write_likeliest
@@ -34,6 +31,11 @@ from qcn_compile.runtime.prefix.rows import Rows
 from qcn_compile.runtime.speculation.chain import following, last_rows
 
 KERNELS = "kernels"
+
+
+def _run(launches: Sequence[Callable[[], None]]) -> None:
+    for launch in launches:
+        launch()
 
 
 class CudaExecutable(Plans):
@@ -60,15 +62,32 @@ class CudaExecutable(Plans):
         if self._states is not None:
             self._places["hidden"] = self._states.place
         self.least_token, self._last = -memory.slots, self._plans[0]
-        device.load(build / KERNELS, {launch.kernel for plan in self._every for launch in plan.launches
-                                      if launch.collective is None or launch.grid})
-        self._launches = {plan.key: [self._prepared(plan, i) for i in range(len(plan.launches))]
-                          for plan in self._every}
-        self._graphs = {plan.key: self._capture(plan) for plan in self._every}
+        self._bind(build, manifest)
         width = max(plan.outputs["logits"]["width"] for plan in self._plans)
         self._raw = device.pinned(4 * rows * width)
         self._logits = np.zeros((rows, width), np.float32)
         device.synchronize()
+
+    def _bind(self, build: Path, manifest: Manifest) -> None:
+        """Load kernels, let a card choose that has a choice, and capture all plans."""
+        sizes, path = roles(self._plans[0]), kept_in(manifest, self._device.name)
+        picks = remembered(path, sizes) if self._exchange is None else {}
+        if picks is not None:
+            self.change(partial(with_picks, picks=picks))
+        self._device.load(build / KERNELS, kernels(self._every))
+        if picks is None:
+            picks = choose(self._plans[0], path, self._device.name, self._trial)
+            self.change(partial(with_picks, picks=picks))
+        self._launches = {plan.key: [self._prepared(plan, i) for i in range(len(plan.launches))]
+                          for plan in self._every}
+        self._graphs = {key: self._device.capture(partial(_run, each)) for key, each in self._launches.items()}
+
+    def _trial(self, plan: Plan) -> float:
+        """Seconds of a step of one token after up to 1024."""
+        stage, _ = self._staged(plan, [middling(self._memory)])
+        write_likeliest(self._inputs.arrays["choice"].reshape(-1, WIDTH), [0])
+        self._device.upload_soon(self._input_base, stage.block[:stage.used(plan)])
+        return timed(self._device, partial(_run, [self._prepared(plan, i) for i in range(len(plan.launches))]))
 
     def run(self, spans: Sequence[Span]) -> np.ndarray:
         """Run one step. Returns the wanted rows' logits, f32 [R, vocab], valid until the next step.
@@ -208,8 +227,7 @@ class CudaExecutable(Plans):
 
     def run_launches(self, plan: Plan) -> None:
         """One plan kernel by kernel, in the stream."""
-        for launch in self._launches[plan.key]:
-            launch()
+        _run(self._launches[plan.key])
 
     def plan(self, name: str) -> Plan:
         """A plan of the main model by name."""
@@ -239,9 +257,6 @@ class CudaExecutable(Plans):
             self._device.record(event)
         self._device.synchronize()
         return np.array([self._device.seconds(a, b) for a, b in pairwise(events)])
-
-    def _capture(self, plan: Plan) -> Any:
-        return self._device.capture(lambda: self.run_launches(plan))
 
     def _allocate_caches(self, manifest: Manifest) -> None:
         """One allocation for all KV pages and states; arrays of one kind and size follow each other."""

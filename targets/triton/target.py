@@ -15,6 +15,7 @@ from qcn_compile.ir.types import DType, StateKind, StateType, TensorType
 from qcn_compile.targets.base import Bucket, Call, Kernel, Operand
 from qcn_compile.targets.spec import Hardware, hardware
 from qcn_compile.targets.triton import lowering, packing
+from qcn_compile.targets.triton.choices import cuts_for
 from qcn_compile.targets.triton.lowering.site import FEW, Site
 from qcn_compile.targets.triton.narrow import narrowing
 from qcn_compile.targets.triton.specialise import choice, specialise
@@ -34,6 +35,7 @@ class GpuTarget:
         self.hardware: Hardware = hardware(name)
         self.name = name
         self.page_size = page_size
+        self.cuts = cuts_for(name)
         self.narrow = "fp8" in self.hardware.dtypes and self.hardware.arch >= 90  # the kernels' e4m3 type
         assert RING >= FEW + TAPS
 
@@ -53,7 +55,7 @@ class GpuTarget:
     def lower(self, op: Op, operands: Sequence[Operand | None], results: Sequence[TensorType],
               bucket: Bucket) -> list[Call]:
         """The kernel calls that compute `op`. Raises LoweringError naming the op, its location and the cure."""
-        return lowering.lower(Site(op, operands, results, bucket, self.page_size, RING, self.narrow))
+        return lowering.lower(Site(op, operands, results, bucket, self.page_size, RING, self.narrow, self.cuts))
 
     def pack(self, layout: str, encoding: Encoding, weight: Weight) -> dict[str, np.ndarray]:
         """A weight in the kernel's layout: part name -> 1-D array."""

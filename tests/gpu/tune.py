@@ -6,26 +6,10 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 Change = dict[str, dict[str, int]]
-
-
-@contextmanager
-def chosen(change: Change) -> Iterator[None]:
-    """The choices of the lowering, changed."""
-    from qcn_compile.targets.triton.lowering.single import CHOICE
-
-    before = {role: dict(values) for role, values in CHOICE.items()}
-    for role, values in change.items():
-        CHOICE[role].update(values)
-    try:
-        yield
-    finally:
-        CHOICE.update(before)
 
 
 def plan(changes: dict[str, Change], out: Path, target: str) -> None:
@@ -38,14 +22,15 @@ def plan(changes: dict[str, Change], out: Path, target: str) -> None:
     from qcn_compile.targets.registry import load_target
 
     card = load_target(target)
+    cuts = card.cuts
     graph = optimised(None, target, Options(quant="fp8", weights="dummy"))
     schedules = [schedule(graph, bucket, card) for bucket in buckets_for("gpu")]
     names = name_blobs(dict.fromkeys(key for s in schedules for key in blobs_of(s)))
     kernels: dict[Any, None] = {}
     out.mkdir(parents=True, exist_ok=True)
     for name, change in changes.items():
-        with chosen(change):
-            made = schedule(graph, buckets_for("gpu")[0], card)
+        card.cuts = {role: [{**usual[0], **change.get(role, {})}] for role, usual in cuts.items()}
+        made = schedule(graph, buckets_for("gpu")[0], card)
         kernels |= dict.fromkeys(step.call.kernel for step in made.steps)
         (out / f"{name}.json").write_text(json.dumps(make_plan(made, names)[0].to_json()))
     rows = [[kernel.family, dict(kernel.params)] for kernel in kernels]

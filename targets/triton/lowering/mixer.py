@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from qcn_compile.targets.base import Call, Param, Ref
+from qcn_compile.targets.triton.choices import varied
 from qcn_compile.targets.triton.lowering.delta_chunk import chunked
-from qcn_compile.targets.triton.lowering.single import CHOICE
 from qcn_compile.targets.triton.lowering.site import (
     BATCH,
     COUNTS,
@@ -115,8 +115,9 @@ def delta_net(site: Site) -> list[Call]:
         args = [*(site.ref(i) for i in range(4)), weights, *(site.ref(i) for i in (5, 6, 7)), state("conv"),
                 state("delta"), result(), *MOVES]
         if site.bucket.tokens == 1:
-            return [call("delta_one", [*args[:-5], *SPANS[1:-1]], (hv,), **sizes, TAPS=taps, RING=site.ring,
-                         EPS=site.real("eps"), ST=site.held, WARPS=CHOICE["delta"]["WARPS"])]
+            return [varied(site.cuts, "delta", lambda cut: call(
+                "delta_one", [*args[:-5], *SPANS[1:-1]], (hv,), **sizes, TAPS=taps, RING=site.ring,
+                EPS=site.real("eps"), ST=site.held, **cut))]
         gates |= {"SZ": site.stride(1), "EPS": site.real("eps"), "ST": site.held}
         if site.decode:
             return [call("delta_step", args, (hv, site.bucket.sequences), **sizes, **conv, **gates, WARPS=4)]

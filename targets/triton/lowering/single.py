@@ -6,18 +6,12 @@ from collections.abc import Sequence
 
 from qcn_compile.ir.encoding import Encoding
 from qcn_compile.targets.base import Call, Param, Ref
+from qcn_compile.targets.triton.choices import Cut, varied
 from qcn_compile.targets.triton.lowering.site import COUNTS, Site, call, cdiv, inner, power, result, scratch, state
 
 HOLD = 4  # column tiles of a row that wait in registers
 WIDTH = 8  # elements of a lane, see kernels/single.py
 CONTEXT, TABLE = (Ref("input", name=n) for n in ("context_lens", "block_table"))
-# How a launch is cut, by its role, measured on an H100 (tests/gpu/tune.py): L lanes a row, WARPS, RW rows in registers.
-CHOICE: dict[str, dict[str, int]] = {
-    "head": {"L": 128, "WARPS": 4, "RW": 8}, "wide": {"L": 128, "WARPS": 4, "RW": 8},
-    "out": {"L": 128, "WARPS": 4, "RW": 4}, "narrow": {"L": 128, "WARPS": 4, "RW": 2},
-    "up": {"L": 64, "WARPS": 4, "RW": 4}, "down": {"L": 32, "WARPS": 8, "RW": 8},
-    "delta": {"WARPS": 4}, "attention": {"SPLITS": 32, "BS": 32, "WARPS": 8},
-}
 
 
 def role(n: int, encoding: Encoding) -> str:
@@ -29,9 +23,17 @@ def _form(encoding: Encoding) -> dict[str, Param]:
     return {"SCALED": encoding.format == "fp8", "W": encoding.format}
 
 
-def _cut(chosen: dict[str, int]) -> dict[str, Param]:
+def _cut(chosen: Cut) -> dict[str, Param]:
     """Lanes, groups of rows, rows of a group, warps."""
     return {"L": chosen["L"], "RG": 32 * chosen["WARPS"] // chosen["L"], "RW": chosen["RW"], "WARPS": chosen["WARPS"]}
+
+
+def _tiled(family: str, args: Sequence[Ref], n: int, k: int, cut: Cut, fixed: dict[str, Param],
+           before: int = 0) -> Call:
+    """A product of n rows of k columns; `before` rows of another come first, one a group."""
+    groups, rows = 32 * cut["WARPS"] // cut["L"], cut["RW"]
+    return call(family, args, (cdiv(before, groups) + cdiv(n, groups * rows),), **fixed, **_cut(cut),
+                HOLD=min(HOLD, cdiv(k, cut["L"] * WIDTH)))
 
 
 def product(site: Site, args: Sequence[Ref], weight: int, **params: Param) -> Call:
@@ -41,9 +43,7 @@ def product(site: Site, args: Sequence[Ref], weight: int, **params: Param) -> Ca
     usual: dict[str, Param] = {"ADD": False, "BIAS": False, "ADDEND": False, "NORM": False, "KEEP": False, "EPS": 0.0,
                                "R": "bf16"}
     fixed: dict[str, Param] = {"N": n, "K": k, **usual, **params, **_form(encoding)}
-    shape = _cut(CHOICE[role(n, encoding)])
-    return call("product", args, (cdiv(n, int(shape["RG"]) * int(shape["RW"])),), **fixed, **shape,
-                HOLD=min(HOLD, cdiv(k, int(shape["L"]) * WIDTH)))
+    return varied(site.cuts, role(n, encoding), lambda cut: _tiled("product", args, n, k, cut, fixed))
 
 
 def linear(site: Site) -> list[Call]:
@@ -70,10 +70,7 @@ def norm_linear_pair(site: Site) -> list[Call]:
     n2 = int(site.operand(3).type.shape[0])  # type: ignore[arg-type]
     args = [site.ref(0), site.ref(1), *weight, *second, result(0), result(1)]
     fixed: dict[str, Param] = {"N": n, "N2": n2, "K": k, "EPS": site.real("eps"), **_form(encoding)}
-    shape = _cut(CHOICE["wide"])
-    groups = int(shape["RG"])
-    return [call("product_pair", args, (cdiv(n2, groups) + cdiv(n, groups * int(shape["RW"])),), **fixed, **shape,
-                 HOLD=min(HOLD, cdiv(k, int(shape["L"]) * WIDTH)))]
+    return [varied(site.cuts, "wide", lambda cut: _tiled("product_pair", args, n, k, cut, fixed, n2))]
 
 
 def experts(site: Site) -> list[Call]:
@@ -83,12 +80,15 @@ def experts(site: Site) -> list[Call]:
     slots = int(site.operand(1).type.shape[1])  # type: ignore[arg-type]
     ids, weights = Ref("operand", index=1), Ref("operand", index=2)
     h, add = scratch("h", slots * width, "bf16"), site.op.name == "moe_add"
-    above, below = _cut(CHOICE["up"]), _cut(CHOICE["down"])
+    above = [site.ref(0), ids, *up, h]
+    below = [h, ids, weights, *down, *([site.ref(5)] if add else []), result()]
     return [
-        call("up_one", [site.ref(0), ids, *up, h], (cdiv(width, int(above["RG"]) * int(above["RW"])), slots), H=hidden,
-             F=width, **above, **_form(up_form)),
-        call("down_one", [h, ids, weights, *down, *([site.ref(5)] if add else []), result()],
-             (cdiv(hidden, int(below["RW"])),), SLOTS=slots, H=hidden, F=width, ADD=add, **below, **_form(down_form))]
+        varied(site.cuts, "up", lambda cut: call(
+            "up_one", above, (cdiv(width, 32 * cut["WARPS"] // cut["L"] * cut["RW"]), slots), H=hidden, F=width,
+            **_cut(cut), **_form(up_form))),
+        varied(site.cuts, "down", lambda cut: call(
+            "down_one", below, (cdiv(hidden, cut["RW"]),), SLOTS=slots, H=hidden, F=width, ADD=add, **_cut(cut),
+            **_form(down_form)))]
 
 
 def rope_attention(site: Site) -> list[Call]:
@@ -98,16 +98,19 @@ def rope_attention(site: Site) -> list[Call]:
     site.stated("state")
     if heads % kv_heads:
         raise site.fail(f"{heads} query heads over {kv_heads} kv heads", "the first must be a multiple of the second")
-    splits, keys, warps = (CHOICE["attention"][n] for n in ("SPLITS", "BS", "WARPS"))
-    part, score = scratch("part", heads * splits * dim, "f32"), scratch("score", heads * splits, "f32")
+    most = max(cut["SPLITS"] for cut in site.cuts["attention"])
+    part, score = scratch("part", heads * most * dim, "f32"), scratch("score", heads * most, "f32")
     norms = [site.ref(i) for i in (3, 4) if site.has(i)]
     gate = [site.ref(7)] if site.has(7) else []
     wide = power(dim, 16)
+    taken = [site.ref(0), site.ref(1), site.ref(2), *norms, site.ref(5), site.ref(6), part, score, state("state", "k"),
+             state("state", "v"), CONTEXT, TABLE]
     return [
-        call("attention_one", [site.ref(0), site.ref(1), site.ref(2), *norms, site.ref(5), site.ref(6), part, score,
-                               state("state", "k"), state("state", "v"), CONTEXT, TABLE], (kv_heads, splits),
-             HQ=heads, HKV=kv_heads, D=dim, BD=wide, BG=max(16, power(heads // kv_heads)),
-             HALF=inner(site.operand(5).type.shape), PAGE=site.page, BS=keys, SPLITS=splits, EPS=site.real("eps"),
-             SCALE=site.real("scale"), Q_NORM=site.has(3), K_NORM=site.has(4), KV=site.cached, WARPS=warps),
-        call("attention_combine", [part, score, *gate, result(), COUNTS], (1, heads), HQ=heads, D=dim, BD=wide,
-             SPLITS=splits, SG=site.stride(7) if gate else 0, GATE=bool(gate), WARPS=8)]
+        varied(site.cuts, "attention", lambda cut: call(
+            "attention_one", taken, (kv_heads, cut["SPLITS"]), HQ=heads, HKV=kv_heads, D=dim, BD=wide,
+            BG=max(16, power(heads // kv_heads)), HALF=inner(site.operand(5).type.shape), PAGE=site.page,
+            EPS=site.real("eps"), SCALE=site.real("scale"), Q_NORM=site.has(3), K_NORM=site.has(4), KV=site.cached,
+            **cut)),
+        varied(site.cuts, "attention", lambda cut: call(
+            "attention_combine", [part, score, *gate, result(), COUNTS], (1, heads), HQ=heads, D=dim, BD=wide,
+            SPLITS=cut["SPLITS"], SG=site.stride(7) if gate else 0, GATE=bool(gate), WARPS=8))]

@@ -9,6 +9,7 @@ from qcn_compile.ir.encoding import Encoding
 from qcn_compile.ir.types import Dim, DType, Sym, TensorType
 from qcn_compile.targets.base import Call, Kernel, Param, Ref
 from qcn_compile.targets.site import BATCH, COUNTS, SPANS, BaseSite, inner, result, state
+from qcn_compile.targets.triton.choices import Cuts
 from qcn_compile.targets.triton.families import ITEMSIZE
 
 __all__ = ["BATCH", "COUNTS", "FEW", "MOVES", "SPANS", "TOKEN_SEQ", "Site", "call", "cdiv", "inner", "power", "result",
@@ -55,6 +56,7 @@ class Site(BaseSite):
 
     ring: int
     narrow: bool  # the card multiplies e4m3
+    cuts: Cuts  # how launches of plans of one token may be cut
 
     @property
     def decode(self) -> bool:
