@@ -36,8 +36,9 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("-o", "--output", default="build", help="artifact directory (default: build)")
     top.add_argument("--dtype", choices=["fp32", "bf16"], help="dtype of other weights (default: the checkpoint's)")
     top.add_argument("--quant", default="auto", metavar="NAME", help="format of the big weights: none, int8, int4, "
-                     "int4-experts (the rest in 8 bits), fp8; nvfp4 and mxfp4 can be planned so far, not built; or one "
-                     "for each class, as in experts=int4,dense=int8,head=none (default: auto, the planner chooses)")
+                     "int4-experts (the rest in 8 bits), fp8, nvfp4 (experts, the rest fp8); mxfp4 can be planned, not "
+                     "built; or one for each class, as in experts=int4,dense=int8,head=none (default: auto, the "
+                     "planner chooses)")
     top.add_argument("--activations", choices=["fp32", "int8"], help="dtype quantised weights are multiplied with")
     top.add_argument("--calibrate", type=Path, metavar="TEXT", help="a text, or a .jsonl file of lines with a key "
                      "text, like what the model will read: int4 codes are chosen by what they do to it (GPTQ)")

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 
 from qcn_compile.errors import ArtifactError, ModelError
-from qcn_compile.runtime.late_checkpoint import BLOCK, Checkpoint, Tensor, concat, spread
+from qcn_compile.runtime import late_fp4
+from qcn_compile.runtime.late_checkpoint import BLOCK, Checkpoint, Tensor, concat, spread, values
 
 PIECE = 1 << 20  # elements of a matrix made at a time, as when weights are copied
 AHEAD = 2  # pieces in the making for each core
@@ -30,7 +31,7 @@ def pieces(recipe: dict[str, Any], checkpoint: Checkpoint) -> Iterator[Piece]:
     shape = whole.shapes[-1]
     if len(shape) == 3:
         step = 1
-    elif len(shape) == 2 and recipe["layout"] == "matrix":
+    elif len(shape) == 2 and recipe["layout"] == "matrix" and recipe["format"] != "nvfp4":
         step = max(PIECE // shape[1] // BLOCK, 1) * BLOCK
     else:
         step = max(shape[0], 1)
@@ -210,15 +211,16 @@ def pack(layout: str, format_: str, x: Tensor) -> dict[str, np.ndarray]:
         return {"w": _flat(x.wide())}
     if layout == "channels":
         return {"w": _flat(x.wide().T)}
-    if layout != "matrix" or format_ not in ("bf16", "fp8"):
+    if layout != "matrix" or format_ not in ("bf16", "fp8", "nvfp4"):
         raise ArtifactError(f"this qcn-run cannot pack weights as {layout} in {format_}; build again with qcn-compile")
     if format_ == "bf16":
         return {"w": _flat(x.data if x.kind == "bf16" else to_bf16(x.wide()))}
-    if x.scales is not None:
+    if x.scales is not None and format_ == "fp8":
         return {"w": _flat(x.data), "s": _flat(x.scales)}
     wide = x.wide()
-    done = [quantize(matrix) for matrix in (wide if wide.ndim > 2 else wide[None])]
-    return {"w": _flat(np.stack([codes for codes, _ in done])), "s": _flat(np.stack([scales for _, scales in done]))}
+    matrices = wide if wide.ndim > 2 else wide[None]
+    done = [late_fp4.quantize(m, values()) if format_ == "nvfp4" else quantize(m) for m in matrices]
+    return {part: _flat(np.stack(made)) for part, made in zip("wsg", zip(*done, strict=True), strict=False)}
 
 
 def _flat(data: np.ndarray) -> np.ndarray:
@@ -238,8 +240,4 @@ def quantize(w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     scales = (most / np.float32(448)).astype(np.float32)
     inverse = np.divide(1, scales, out=np.zeros_like(scales), where=scales > 0)
     x = w * spread(inverse, w.shape)
-    size = np.minimum(np.abs(x), np.float32(448))
-    exponent = np.clip(np.frexp(size)[1] - 1, -6, 8)
-    steps = np.rint(np.ldexp(size, 3 - exponent)).astype(np.int32)
-    codes = np.minimum(np.where(steps > 0, (exponent + 6) * 8 + steps, 0), 0x7E)
-    return (codes | np.where(np.signbit(x), 0x80, 0)).astype(np.uint8), scales
+    return late_fp4.e4m3(x), scales

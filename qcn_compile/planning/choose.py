@@ -21,8 +21,9 @@ FILL = 8192  # tokens of context that times are predicted at, less where the con
 BUDGET = {"gpu": 0.05, "cpu": 0.12}  # relative error of a weight that a choice may cost: a CPU gains most from 4 bits
 SMALL = 256 << 20  # bytes in bf16 up to which a model gains nothing from quantisation that a user would notice
 SLOTS = 16  # states of running requests that a server asks for by default
-KERNELS = {"triton": ("bf16", "fp8"), "tvm": ("f32", "bf16", "int8", "int4"), "": ()}
+KERNELS = {"triton": ("bf16", "fp8", "nvfp4"), "tvm": ("f32", "bf16", "int8", "int4"), "": ()}
 """Formats that kernels are written for, by backend."""
+EXPERTS = ("nvfp4",)  # of those, the ones that only the experts' kernels read
 
 
 @dataclass(frozen=True)
@@ -139,8 +140,14 @@ def _candidate(ask: Ask, scheme: Scheme, layout: Layout) -> Candidate:
     context = min(FILL, ask.context or FILL)
     predict = Predictor(ask.shape, scheme, layout, ask.chip)
     seconds = predict.decode(ask.requests, context).seconds if predict.known else 0.0
-    planned = not set(scheme.formats) <= set(KERNELS[ask.chip.backend]) or layout.pp > 1
+    planned = not _written(scheme, ask.chip.backend) or layout.pp > 1
     return Candidate(scheme, layout, need, problem, _over(ask, scheme), seconds, planned)
+
+
+def _written(scheme: Scheme, backend: str) -> bool:
+    """Whether there are kernels for each class of weights."""
+    elsewhere = {scheme.dense, scheme.head}
+    return set(scheme.formats) <= set(KERNELS[backend]) and not elsewhere & set(EXPERTS)
 
 
 def _over(ask: Ask, scheme: Scheme) -> str:

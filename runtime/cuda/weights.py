@@ -209,6 +209,10 @@ def filling(kind: str, nbytes: int) -> np.ndarray:
         codes = rng.integers(0, 256, nbytes, np.uint8)
         codes[(codes & 0x7F) == 0x7F] = 0  # NaN
         return codes
+    if kind == "fp4":
+        return rng.integers(0, 256, nbytes, np.uint8)
+    if kind == "e4m3":
+        return np.full(nbytes, 0x58, np.uint8)  # 16
     if kind == "scale":
         return np.full(nbytes // 4, 2e-4, np.float32).view(np.uint8)
     if kind == "bf16":

@@ -30,7 +30,7 @@ from qcn_compile.targets.spec import Hardware
 from qcn_compile.targets.triton.families import FAMILIES, PACKAGE, Family, constants, options
 
 INDEX = "kernels.json"
-TYPES = {"bf16": "*bf16", "f32": "*fp32", "i32": "*i32", "i64": "*i64", "fp8": "*fp8e4nv"}
+TYPES = {"bf16": "*bf16", "f32": "*fp32", "i32": "*i32", "i64": "*i64", "fp8": "*fp8e4nv", "u8": "*u8"}
 FIRST_PDL = 90  # programmatic dependent launch starts with this architecture, as do e4m3 registers
 _RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)")
 AMD = "amd"
@@ -50,7 +50,7 @@ def emit(kernels: Sequence[Kernel], folder: Path, card: Hardware, progress: Prog
         name = f"{kernel.family}-{hashlib.sha256(kernel.symbol.encode()).hexdigest()[:12]}.{ending}"
         (folder / name).write_bytes(cubin)
         names.append(name)
-        index[kernel.symbol] = {"file": name, **row, "config": dict(kernel.params)}
+        index[kernel.symbol] = {"file": name, **row}
         if progress is not None:
             progress(done, len(ordered))
     _keep_sources({FAMILIES[k.family] for k in ordered}, folder / "source")
@@ -73,8 +73,8 @@ def compiled(kernels: Sequence[Kernel], card: Hardware,
     """(cubin, row of kernels.json) of each kernel, in order. A crash of the compiler ends a worker, not us."""
     count = min(workers or build_jobs(), max(len(kernels), 1))
     with ProcessPoolExecutor(count, mp_context=get_context("spawn"), initializer=_prepare) as pool:
-        jobs = [pool.submit(compile_one, kernel, _gfx(card) if card.vendor == AMD else card.arch,
-                            FAMILIES[kernel.family]) for kernel in kernels]
+        jobs = [pool.submit(fitting, kernel, _gfx(card) if card.vendor == AMD else card.arch,
+                            FAMILIES[kernel.family], card.shared) for kernel in kernels]
         for kernel, job in zip(kernels, jobs, strict=True):
             try:
                 yield job.result()
@@ -107,6 +107,18 @@ def _prepare() -> None:
 
 def _gfx(card: Hardware) -> str:
     return f"gfx{card.arch}"
+
+
+def fitting(kernel: Kernel, arch: int | str, family: Family, shared: int) -> tuple[bytes, dict[str, Any]]:
+    """A kernel that loads no further ahead than the shared memory of the card holds; `config`: as it was compiled."""
+    while True:
+        made, row = compile_one(kernel, arch, family)
+        params = dict(kernel.params)
+        depths = {"STAGES": options(kernel)["num_stages"], "PIPE": int(params.get("PIPE", 1))}
+        deepest = max(depths, key=lambda name: depths[name])
+        if row["shared"] <= shared or depths[deepest] == 1:
+            return made, {**row, "config": params}
+        kernel = Kernel.make(kernel.family, **{**params, deepest: depths[deepest] - 1})
 
 
 def compile_one(kernel: Kernel, arch: int | str, family: Family) -> tuple[bytes, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""The GPU targets: NVIDIA cards through Triton, bf16 activations, weights in bf16 or fp8, state in f32, KV in bf16."""
+"""The GPU targets: cards through Triton, bf16 activations, weights in bf16, fp8 or nvfp4, state in f32, KV in bf16."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class GpuTarget:
 
     def row_block(self, layout: str, encoding: Encoding) -> int:
         """How many rows of a matrix are packed at a time."""
-        return packing.row_block(layout)
+        return packing.row_block(layout, encoding)
 
     def packed_sizes(self, layout: str, encoding: Encoding, shape: tuple[int, ...]) -> dict[str, tuple[str, int]]:
         """Part name -> (element type, bytes) of what `pack` makes of a weight of that shape."""

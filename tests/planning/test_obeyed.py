@@ -81,7 +81,7 @@ def tiny() -> Path:
     ({"target": "h100", "quant": "none", "tp": 1}, "weights 159.4 GB a chip; 82.5 GB of 85.0 are free for them"),
     ({"target": "cpu", "memory": 0.01}, "weights 0.0 GB a chip; 0.0 GB of 0.0 are free for them"),
     ({"target": "h100", "quant": "fp8", "tp": 1, "context_length": 262144}, "room for 42368 tokens each"),
-    ({"target": "b200", "quant": "nvfp4"}, "fits b200 as nvfp4, tp 1, but no kernels are written"),
+    ({"target": "b200", "quant": "mxfp4"}, "fits b200 as mxfp4, tp 1, but no kernels are written"),
     ({"target": "cpu", "quant": "experts=fp8"}, "--quant experts=fp8: a cpu has auto, none, int8"),
     ({"target": "a100", "quant": "mxfp4"}, "a100-80 has no mxfp4"),
 ])

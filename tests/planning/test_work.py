@@ -46,7 +46,9 @@ class Case:
         self.target, self.shape = load_target(target), shape_of(config)
         self.scheme = scheme_of(self.target.kind, quant)
         traced = trace_model(AutoConfig.for_model(**config), DType(self.target.dtype))
-        self.graph: Graph = Pipeline.default(base="bf16", quant=quant).run(traced.main, PassContext(target=target))
+        formats = {part: self.scheme.format_of(part) for part in ("experts", "dense", "head")}
+        pipeline = Pipeline.default(base="bf16", formats=formats)
+        self.graph: Graph = pipeline.run(traced.main, PassContext(target=target))
         self.static = static_values(self.graph)
 
     def traced(self, bucket: Bucket) -> dict[str, list[float]]:
@@ -73,6 +75,7 @@ def config_of(name: str, **changes: Any) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module", params=[("qwen3-coder-next", "h100", "fp8"), ("qwen3-coder-next", "h100", "none"),
+                                        ("qwen3-coder-next", "b200", "nvfp4"),
                                         ("tiny-coder", "cpu", "int4"), ("tiny-coder", "cpu", "none")], ids=str)
 def case(request: pytest.FixtureRequest) -> Case:
     name, target, quant = request.param

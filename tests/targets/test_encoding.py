@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from qcn_compile.errors import LoweringError, UsageError
+from qcn_compile.ir import fp4
 from qcn_compile.ir.encoding import (
     Coded,
     Encoding,
@@ -48,6 +49,31 @@ def test_zeros_and_infinitesimals() -> None:
             assert np.array_equal(encode(np.full((2, 40), value, np.float32), Encoding(format_)), np.zeros((2, 40)))
     codes, scales = quantize_activations(np.zeros((2, 40), np.float32))
     assert not codes.any() and not scales.any()
+
+
+def test_nvfp4_takes_the_nearest_code() -> None:
+    """Every value becomes the nearest of the 15 that its scales allow; the largest of a group is 6 of them, nearly."""
+    w = torch.from_numpy(RNG.standard_normal((2, 5, 40)).astype(np.float32) * 0.05)
+    w[0, 0, :16] = 0
+    codes, scales, whole = fp4.quantize(w)
+    assert codes.shape == (2, 5, 24) and scales.shape == (2, 5, 3) and whole.shape == (2,)
+    assert np.array_equal(whole, w.abs().amax((1, 2)).numpy() / np.float32(2688))
+    step = torch.from_numpy(scales.copy()).view(torch.float8_e4m3fn).float() * torch.from_numpy(whole)[:, None, None]
+    choices = step.repeat_interleave(16, -1)[..., :40, None] * torch.from_numpy(np.unique(fp4.VALUES))
+    best = (choices - w[..., None]).abs().min(-1)[0]
+    back = torch.from_numpy(fp4.dequantize(codes, scales, whole, 40).copy())
+    assert torch.allclose((back - w).abs(), best, atol=1e-8) and not back[0, 0, :16].any()
+    most = torch.nn.functional.pad(w, (0, 8)).reshape(2, 5, 3, 16).abs().amax(-1)
+    assert ((6 * step - most).abs() <= most / 15).all()
+    assert np.array_equal(encode(w[0], Encoding("nvfp4", 16)), back[0].numpy())
+
+
+def test_nvfp4_bytes() -> None:
+    """Halfway goes to the even code; the first of two codes is in the low half of a byte."""
+    w = torch.tensor([[6, 0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5, -6, -0.25, -0.75, 0, 0, 0, 0, 0.5]])
+    codes, scales, whole = fp4.quantize(w)
+    assert codes.tolist() == [[0x07, 0x22, 0x44, 0x66, 0x8F, 0x0A, 0x00, 0x10]]
+    assert scales.tolist() == [[0x7E]] and whole == np.float32(6) / np.float32(2688)
 
 
 def test_bf16_rounds_to_even() -> None:

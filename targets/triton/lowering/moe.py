@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from qcn_compile.targets.base import Call, Param, Ref
-from qcn_compile.targets.triton.lowering import single
+from qcn_compile.targets.triton.lowering import four, single
 from qcn_compile.targets.triton.lowering.moe_tiles import sorted_experts
 from qcn_compile.targets.triton.lowering.site import COUNTS, Site, call, cdiv, power, result, scratch
 
@@ -33,6 +33,9 @@ def experts(site: Site) -> list[Call]:
     if site.narrowing:
         return sorted_experts(site, _sizes(site, 1), _weights(site, 4), _weights(site, 5))
     site.activation(0)
+    encoding = site.operand(3).encoding
+    if encoding is not None and encoding.format == "nvfp4":
+        return four.experts(site, _sizes(site))
     if site.bucket.tokens == 1:
         return single.experts(site)
     if site.decode:

@@ -91,9 +91,18 @@ class Site(BaseSite):
         if encoding is None:
             raise self.fail(f"operand {index} is no weight", "only weights of the checkpoint can be multiplied with")
         if encoding.format not in ("bf16", "fp8"):
-            raise self.fail(f"operand {index} is stored in {encoding.format}", "GPU kernels read bf16 and fp8")
+            raise self.fail(f"operand {index} is stored in {encoding.format}",
+                            "GPU kernels read bf16 and fp8, those of experts nvfp4 too")
         parts = ("w", "s") if encoding.format == "fp8" else ("w",)
         return encoding, [Ref("blob", index=index, layout="matrix", part=part) for part in parts]
+
+    def four(self, index: int) -> list[Ref]:
+        """The parts of an NVFP4 weight: codes, scales, the scale of a matrix."""
+        encoding = self.operand(index).encoding
+        if encoding is None or encoding.format != "nvfp4":
+            raise self.fail(f"operand {index} is not stored in nvfp4 as the other one is",
+                            "store both weights of the experts alike")
+        return [Ref("blob", index=index, layout="matrix", part=part) for part in ("w", "s", "g")]
 
     def rows(self, shape: Sequence[Dim]) -> dict[str, Param]:
         """Kernel parameters ROWS and TIMES of a leading axis."""

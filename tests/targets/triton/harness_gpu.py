@@ -12,7 +12,7 @@ import torch
 
 from qcn_compile.ir import ops as _ops  # noqa: F401  (fills the op table)
 from qcn_compile.ir.batch import Batch, Caches
-from qcn_compile.ir.encoding import Encoding, dequantize, from_bf16, quantize, to_bf16
+from qcn_compile.ir.encoding import Encoding, encode, from_bf16, to_bf16
 from qcn_compile.ir.fp8 import VALUES
 from qcn_compile.ir.graph import Location, Op, Value
 from qcn_compile.ir.optable import TABLE
@@ -26,7 +26,7 @@ DECODE_4, DECODE_64 = Bucket("decode-4", 4, 4, 4), Bucket("decode-64", 64, 64, 6
 PREFILL, LONG = Bucket("prefill-64", 64, 16, 64), Bucket("prefill-192", 192, 16, 64)
 WIDE = Bucket("prefill-2048", 2048, 16, 64)  # capacity only: as many tokens take large tiles
 PRODUCTS = {"linear": 1, "linear_add": 1, "moe_experts": 3, "moe_add": 3}  # op: its operand with the weight of x
-BF16, FP8 = Encoding("bf16"), Encoding("fp8", 128)
+BF16, FP8, NVFP4 = Encoding("bf16"), Encoding("fp8", 128), Encoding("nvfp4", 16)
 VECTOR = Encoding()
 
 
@@ -279,7 +279,7 @@ class Trial:
         known: dict[Value, Any] = {self.case.batch: self.batch}
         for value, data in self.plain.items():
             kind = self.case.values[value]
-            encoded = _encoded(data, kind[1]) if kind[0] == "weight" else data
+            encoded = encode(data, kind[1]) if kind[0] == "weight" else data
             known[value] = torch.from_numpy(np.array(encoded))
         found = []
         for op in self.case.ops:
@@ -346,11 +346,6 @@ def _stored(data: np.ndarray, dtype: DType) -> np.ndarray:
     if dtype is DType.f8e4m3:
         return torch.from_numpy(np.ascontiguousarray(data)).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
     return to_bf16(data) if dtype is DType.bf16 else data
-
-
-def _encoded(data: np.ndarray, encoding: Encoding) -> np.ndarray:
-    codes, scales = quantize(data, encoding)
-    return dequantize(codes, scales, encoding, data.shape[-1])
 
 
 def through_e4m3(x: np.ndarray) -> np.ndarray:

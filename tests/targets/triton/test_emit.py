@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 from cases import every
-from harness_gpu import BF16, DECODE_1, DECODE_8, FP8, Case
+from harness_gpu import BF16, DECODE_1, DECODE_8, FP8, NVFP4, Case
 
 from qcn_compile.errors import LoweringError
 from qcn_compile.ir.types import DType, StateKind
 from qcn_compile.targets.base import Bucket, Kernel
 from qcn_compile.targets.spec import hardware
-from qcn_compile.targets.triton.emit import check_limits, emit
+from qcn_compile.targets.triton.emit import check_limits, emit, fitting
 from qcn_compile.targets.triton.families import FAMILIES
 from qcn_compile.targets.triton.target import GpuTarget
 
@@ -72,6 +72,23 @@ def test_decode_on_hopper_does_not_spill(tmp_path: Path) -> None:
     check(full_size(DECODE_1), "h100", tmp_path)
 
 
+def test_nvfp4_experts_compile_for_blackwell(tmp_path: Path) -> None:
+    kernels = {kernel: None for bucket in (DECODE_1, PREFILL) for kernel in full_size_experts(bucket)}
+    assert {kernel.family for kernel in kernels} == {"four_up", "four_down", "four_up_tiles", "four_down_tiles"}
+    check(list(kernels), "b200", tmp_path)
+
+
+def full_size_experts(bucket: Bucket) -> list[Kernel]:
+    """What the experts of Qwen3-Coder-Next launch in a bucket to read their weights, NVFP4."""
+    case = Case("experts", bucket)
+    x = case.input("x", "bf16[T,2048]")
+    ids, weights = case.op("moe_route", [case.input("l", "bf16[T,513]")], top_k=10, normalize=True, shared=True)
+    case.op("moe_add", [x, ids, weights, case.weight("up", (513, 1024, 2048), NVFP4),
+                        case.weight("down", (513, 2048, 512), NVFP4), x], activation="silu")
+    made = [call.kernel for _, call in case.lower(GpuTarget("b200"))]
+    return [kernel for kernel in made if kernel.family.startswith("four_")]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("card", CARDS)
 @pytest.mark.parametrize("bucket", [DECODE_1, DECODE_8, PREFILL], ids=lambda b: b.name)
@@ -92,6 +109,18 @@ def test_every_family_has_a_case() -> None:
     elsewhere = ("sample", "ranks")  # test_sample.py, test_exchange.py
     ours = {name for name in FAMILIES if not name.startswith("custom_") and FAMILIES[name].module not in elsewhere}
     assert tried == ours
+
+
+def test_a_small_card_loads_less_far_ahead() -> None:
+    """STAGES and PIPE change neither arguments nor grids: a kernel gets as many as fit, and says so."""
+    kernel = next(k for k in full_size(DECODE_8) if k.family == "gemm" and dict(k.params)["STAGES"] == 4)
+    family = FAMILIES["gemm"]
+    _, whole = fitting(kernel, 90, family, 232448)
+    _, cut = fitting(kernel, 90, family, whole["shared"] - 1)
+    assert whole["config"] == dict(kernel.params)
+    assert cut["shared"] < whole["shared"] and cut["config"] == {**whole["config"], "STAGES": 3}
+    assert {name: cut[name] for name in ("entry", "pointers", "threads")} == {
+        name: whole[name] for name in ("entry", "pointers", "threads")}
 
 
 def test_bytes_repeat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

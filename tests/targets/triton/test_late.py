@@ -12,17 +12,19 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 
-from qcn_compile.ir import fp8
+from qcn_compile.ir import fp4, fp8
 from qcn_compile.ir.encoding import Encoding, to_bf16
 from qcn_compile.ir.graph import Op, Value
 from qcn_compile.ir.optable import TABLE
 from qcn_compile.lowering.late import deferred, merged_names
 from qcn_compile.lowering.rows import Tensors
 from qcn_compile.lowering.weights import BlobKey, name_blobs, packed
-from qcn_compile.runtime import late_weights
+from qcn_compile.runtime import late_fp4, late_weights
 from qcn_compile.runtime.late_checkpoint import Checkpoint, Tensor, concat
 from qcn_compile.targets.triton.packing import pack, sizes
 from qcn_compile.targets.triton.target import GpuTarget
+
+FORMATS = (Encoding("bf16"), Encoding("fp8", 128), Encoding("nvfp4", 16))
 
 
 def _value(op: str, inputs: list[Value], /, **attrs: object) -> Value:
@@ -50,7 +52,7 @@ def _keys() -> list[BlobKey]:
     norm = _value("add_scalar", [_value("cast", [_weight("n.weight", 40)], dtype=DType.f32)], value=1.0)
     decay = _value("neg", [_value("exp", [_value("cast", [_weight("A_log", 40)], dtype=DType.f32)])])
     taps = _value("reshape", [_weight("c.weight", 24, 1, 4)], shape=(24, 4))
-    return [*(BlobKey(v, "matrix", e) for v in (both, odd, stack) for e in (Encoding("bf16"), Encoding("fp8", 128))),
+    return [*(BlobKey(v, "matrix", e) for v in (both, odd, stack) for e in FORMATS),
             BlobKey(norm, "vector", Encoding()), BlobKey(decay, "vector", Encoding()),
             BlobKey(taps, "channels", Encoding())]
 
@@ -173,7 +175,7 @@ def test_names_of_experts() -> None:
 
 
 @pytest.mark.parametrize("layout", ["matrix", "vector", "channels"])
-@pytest.mark.parametrize("encoding", [Encoding("bf16"), Encoding("fp8", 128)], ids=lambda e: e.format)
+@pytest.mark.parametrize("encoding", FORMATS, ids=lambda e: e.format)
 def test_sizes_without_packing(layout: str, encoding: Encoding) -> None:
     shape = (3, 130, 40) if layout == "matrix" else (24, 4)
     made = pack(layout, encoding, np.ones(shape, np.float32))
@@ -190,3 +192,6 @@ def test_both_sides_quantise_alike() -> None:
         w = w.astype(np.float32)
         for mine, theirs in zip(fp8.quantize(torch.from_numpy(w)), late_weights.quantize(w), strict=True):
             assert np.array_equal(mine, theirs)
+        four = late_fp4.quantize(w, fp8.VALUES)
+        for mine, theirs in zip(fp4.quantize(torch.from_numpy(w)), four, strict=True):
+            assert np.array_equal(mine.reshape(-1), theirs.reshape(-1))
