@@ -126,10 +126,17 @@ class Engine:
         """Whether a request waits or runs."""
         return request_id in self._live
 
-    def step(self) -> list[Output]:
-        """Run or launch a step and return what is new. Raises CapacityError when requests wait and none can run."""
+    def step(self, launching: Callable[[], None] | None = None) -> list[Output]:
+        """Run or launch a step and return what is new. Raises CapacityError when requests wait and none can run.
+
+        `launching` is called before the device begins: the time to see to what earlier steps returned.
+        """
         started = time.perf_counter()
+        if self.speculation is not None and launching is not None:  # drafting takes a while
+            launching()
         chunks = self._scheduler.schedule()
+        if launching is not None:
+            launching()
         before, self._flight = self._flight, self._launch(chunks, started) if chunks else None
         outputs = [] if before is None else self._land(before)
         if self._flight is not None and not self._flight.ahead:

@@ -9,12 +9,14 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 from qcn_compile.errors import QcnError
 from qcn_compile.runtime.output import Output
 from qcn_compile.runtime.request import FinishReason, SamplingParams
 from qcn_compile.runtime.sampler import Constraint
+from qcn_compile.runtime.server.doorbell import Doorbell
 from qcn_compile.runtime.server.errors import ApiError, from_runtime, overloaded
 
 
@@ -29,7 +31,7 @@ class EngineLike(Protocol):
 
     def abort(self, request_id: str) -> Output | None: ...
 
-    def step(self) -> list[Output]: ...
+    def step(self, launching: Callable[[], None] = ...) -> list[Output]: ...
 
 
 @dataclass(eq=False)
@@ -73,6 +75,7 @@ class Bridge:
         self._numbers = itertools.count()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._bell: Doorbell | None = None
         self._idle = asyncio.Event()
         self._idle.set()
         self.failure: BaseException | None = None
@@ -87,6 +90,7 @@ class Bridge:
     def start(self) -> None:
         """Start the thread; outputs come to the running loop."""
         self._loop = asyncio.get_running_loop()
+        self._bell = Doorbell(self._loop)
         self._thread.start()
 
     def check_open(self, count: int = 1) -> None:
@@ -131,15 +135,18 @@ class Bridge:
 
     def fail(self, error: BaseException) -> None:
         """Refuse everything from now on, from any thread: something the engine needs is gone."""
-        if self._loop is not None:
-            self._call(self._fail, error)
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._fail, error)
 
     def stop(self, timeout: float = 10.0) -> bool:
         """End the thread after its current step. Whether it ended in time."""
         self._commands.put(None)
         if self._thread.is_alive():
             self._thread.join(timeout)
-        return not self._thread.is_alive()
+        ended = not self._thread.is_alive()
+        if ended and self._bell is not None:
+            self._bell.close()
+        return ended
 
     def _expire(self, ticket: Ticket) -> None:
         self._end(ticket, ApiError(504, f"the request took longer than {self._timeout:g} s (--request-timeout)",
@@ -193,10 +200,15 @@ class Bridge:
 
     # the engine's thread from here on
 
-    def _call(self, function: Callable[..., None], *arguments: object) -> None:
-        assert self._loop is not None
-        if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(function, *arguments)
+    def _ring(self) -> None:
+        assert self._bell is not None
+        self._bell.ring()
+
+    def _call(self, function: Callable[..., None], *arguments: object, ring: bool = True) -> None:
+        assert self._bell is not None
+        self._bell.post(partial(function, *arguments))
+        if ring:
+            self._bell.ring()
 
     def _run(self) -> None:
         try:
@@ -206,16 +218,21 @@ class Bridge:
             self._call(self._fail, error)
 
     def _turn(self) -> bool:
-        """Every waiting command, then one step. False at the end."""
+        """Every waiting command, then one step. False at the end.
+
+        A step's outputs are announced when the device works on the next one: the event loop's thread then finds this
+        one outside the interpreter.
+        """
         wait = not self._engine.unfinished
         while wait or not self._commands.empty():
+            self._ring()
             command = self._commands.get()
             if command is None:
                 return False
             command()
             wait = False
-        if self._engine.unfinished and (outputs := self._engine.step()):
-            self._call(self._deliver, outputs)
+        if self._engine.unfinished and (outputs := self._engine.step(self._ring)):
+            self._call(self._deliver, outputs, ring=False)
         return True
 
     def _add(self, ticket: Ticket) -> None:

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
+from qcn_compile.runtime.output import Output
 from qcn_compile.runtime.parsing.events import (
     Content,
     Event,
@@ -126,32 +127,40 @@ class _Stream:
 
     def deltas(self, usage: Usage) -> Delta | None:
         """All that came since last time as one delta."""
-        joined = EventList()
-        samples: list[Sample] = []
-        reason = matched = None
-        for output in self.ticket.take():
-            new = self._parser.feed(output.text)
-            if output.finish_reason is not None:
-                new = [*new, *self._parser.finish()]
-                reason, matched = output.finish_reason, output.matched_stop
-            self._count(len(output.token_ids), new, usage)
-            for event in new:
-                joined.add(event)
-            samples.extend(output.samples)
-            if output.timing is not None:
-                usage.accepted += output.timing.accepted
-                usage.refused += output.timing.drafted - output.timing.accepted
-            if self.index % self.job.choices == 0:  # prompt tokens are counted once, too
-                usage.cached += getattr(output, "cached", 0)
+        outputs = self.ticket.take()
+        if not outputs:
+            return None
+        if len(outputs) == 1:  # as nearly always
+            events, samples = self._read(outputs[0], usage), outputs[0].samples
+        else:
+            joined = EventList()
+            for output in outputs:
+                for event in self._read(output, usage):
+                    joined.add(event)
+            events, samples = joined.take(), tuple(sample for output in outputs for sample in output.samples)
+        reason = outputs[-1].finish_reason
         if not samples and reason is None:
             return None
-        events = joined.take()
         kept = self._within_limit(events)
-        self._calls += sum(isinstance(event, ToolCallStarted) for event in kept)
+        for event in kept:
+            self._calls += type(event) is ToolCallStarted
         cut = len(kept) < len(events)
         self.finished = cut or reason is not None
         name = self._reason(reason, cut) if self.finished else None
-        return Delta(self.index, tuple(kept), tuple(samples), name, matched)
+        return Delta(self.index, tuple(kept), samples, name, outputs[-1].matched_stop)
+
+    def _read(self, output: Output, usage: Usage) -> list[Event]:
+        """The events of one output, its tokens counted."""
+        events = self._parser.feed(output.text)
+        if output.finish_reason is not None:
+            events = [*events, *self._parser.finish()]
+        self._count(len(output.token_ids), events, usage)
+        if output.timing is not None:
+            usage.accepted += output.timing.accepted
+            usage.refused += output.timing.drafted - output.timing.accepted
+        if output.cached and self.index % self.job.choices == 0:  # prompt tokens are counted once, too
+            usage.cached += output.cached
+        return events
 
     def _count(self, tokens: int, events: Sequence[Event], usage: Usage) -> None:
         usage.completion += tokens

@@ -26,8 +26,8 @@ from serving import LiveServer, write_tokenizer
 class Paced(FakeEngine):
     """Steps at a fixed pace and counts its thread's CPU time."""
 
-    def step(self):
-        outputs = super().step()
+    def step(self, launching):
+        outputs = super().step(launching)
         self.cpu = time.thread_time()
         return outputs
 

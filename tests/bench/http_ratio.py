@@ -2,7 +2,7 @@
 
 python tests/bench/http_ratio.py BUILD [rounds] [tokens]
 Both run in a process of their own with one compute thread; the client is a third process, so two free cores are needed.
-Prints microseconds a token of each round and the ratio of the medians.
+Prints medians in microseconds a token, and that of the rounds' ratios, as both sides of a round met the same moment.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Engine:
         return float(self.process.stdout.readline())
 
 
-def main(build, rounds=5, tokens=600):
+def main(build, rounds=60, tokens=200):
     server = subprocess.Popen([sys.executable, "-m", "qcn_compile.runtime.cli", build, "--port", "0", "--threads", "1"],
                               stderr=subprocess.PIPE, text=True)
     engine = Engine(build)
@@ -72,9 +72,11 @@ def main(build, rounds=5, tokens=600):
                 if number:  # the first is for warming up
                     found[name].append(1e6 * took)
         for name, times in found.items():
-            print(f"{name:7}" + " ".join(f"{t:.0f}" for t in times))
-            print(f"       least {min(times):.0f}, median {statistics.median(times):.0f} us a token")
-        print(f"ratio {statistics.median(found['http']) / statistics.median(found['engine']):.3f}")
+            print(f"{name:7} least {min(times):.0f}, median {statistics.median(times):.0f} us a token")
+        ratios = sorted(http / engine for http, engine in zip(found["http"], found["engine"], strict=True))
+        quarter = len(ratios) // 4
+        print(f"ratio   median {statistics.median(ratios):.3f} of {rounds} rounds, the middle half "
+              f"{ratios[quarter]:.3f} to {ratios[-1 - quarter]:.3f}")
     finally:
         server.terminate()
         engine.process.stdin.close()

@@ -10,7 +10,7 @@ from qcn_compile.ir.types import DType, StateKind, StateType
 from qcn_compile.targets.base import Bucket
 
 TABLE = Program("rope_table")
-_positions = TABLE.input("positions", "i32[T]", ints=(0, 262144))
+_positions = TABLE.input("positions", "i32[T]", ints=(0, 1_048_576))
 TABLE.op("rope_table", [_positions, TABLE.weight("inv_freq", (9,), scale=1.0)], scaling=1.25)
 
 

@@ -50,7 +50,8 @@ class FakeEngine:
         self.aborted.append((request_id, self.steps))
         self._live.pop(request_id, None)
 
-    def step(self):
+    def step(self, launching=lambda: None):
+        launching()
         self.steps += 1
         if self.steps == self.fail_at:
             raise DeviceError("kernel moe_experts failed")
