@@ -1,4 +1,4 @@
-"""Prefix cache, drafts, chunked prefill and batching, all on behind HTTP: each answer is that of the plain model alone."""
+"""Prefix cache, drafts, chunked prefill and batching, all on behind HTTP: each answer is the plain model's alone."""
 
 from __future__ import annotations
 
