@@ -14,6 +14,7 @@ from qcn_compile.ir import fp4
 from qcn_compile.ir.encoding import GROUP
 from qcn_compile.ir.fp8 import BLOCK
 from qcn_compile.ir.graph import Attr, Graph, Op
+from qcn_compile.ir.optable import row
 from qcn_compile.ir.rewrite import Fired, Rewriter
 from qcn_compile.passes.base import Pass, PassContext, register_pass
 
@@ -44,6 +45,8 @@ class SelectQuantization(Pass):
     def run(self, graph: Graph, context: PassContext) -> Graph:
         rewriter = Rewriter(graph)
         sensitive, logits = find_sensitive(graph), graph.outputs[0].op
+        while logits is not None and row(logits.name).collective:
+            logits = logits.inputs[0].op
         for op in list(graph.ops):
             kind = self.experts if op.name.startswith("moe_") else self.head if op is logits else self.dense
             for index in WEIGHTS.get(op.name, ()):

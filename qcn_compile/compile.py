@@ -20,6 +20,7 @@ from qcn_compile.lowering.decide import Decision, decide, plan_for
 from qcn_compile.lowering.schedule import schedule
 from qcn_compile.passes.base import PassContext
 from qcn_compile.passes.shard import Shard
+from qcn_compile.passes.split_stages import SplitStages
 from qcn_compile.pipeline import Pipeline, Tracing
 from qcn_compile.planning.command import WISHES
 from qcn_compile.planning.verdict import Verdict
@@ -153,6 +154,9 @@ def _front(model: str | Path | None, target: str, options: Options, clock: Clock
     verdict = plan_for(located.name, load_config(located.config)[1], chosen, options.dtype, options.quant,
                        options.context_length, options.mcpu, **{name: getattr(options, name) for name in WISHES})
     layout = verdict.chosen.layout if verdict else _asked(located, options)
+    if layout.pp > 1 and options.mtp:
+        raise UsageError("--mtp: the draft head reads what only the last stage of --pp has; leave one of them out "
+                         "(--speculative-algorithm ngram of qcn-run works with stages)")
     if verdict and announce:
         announce(verdict)
     with clock.stage("trace"):
@@ -166,7 +170,8 @@ def _front(model: str | Path | None, target: str, options: Options, clock: Clock
 
 def _asked(located: Located, options: Options) -> Layout:
     """The layout asked for, where the planner has none."""
-    return layout_for(load_config(located.config)[1], options.tp or options.ep or 1, options.ep or 1)
+    return layout_for(load_config(located.config)[1], options.tp or options.ep or 1, options.ep or 1,
+                      options.pp or 1)
 
 
 def _weights_mode(options: Options, target: Target, traced: Traced, located: Located) -> str:
@@ -211,22 +216,25 @@ def _entries(traced: Traced, mtp: bool) -> list[Graph]:
 def _rank_graphs(traced: Traced, decision: Decision, context: PassContext, options: Options, layout: Layout,
                  rank: int) -> list[Graph]:
     """The graphs of one rank. What passes do is recorded for rank 0."""
-    shard = Shard(rank, layout.tp, layout.ep) if layout.tp > 1 else None
+    stage, part = divmod(rank, layout.tp)
+    shard = Shard(part, layout.tp, layout.ep) if layout.tp > 1 else None
+    stages = SplitStages(stage, layout.pp, part, layout.tp) if layout.pp > 1 else None
     if rank:
         context, options = PassContext(target=context.target), replace(options, tracing=Tracing())
-    return [_optimise(graph, decision, context, options, shard) for graph in _entries(traced, options.mtp)]
+    return [_optimise(graph, decision, context, options, shard, stages) for graph in _entries(traced, options.mtp)]
 
 
 def _optimise(graph: Graph, decision: Decision, context: PassContext, options: Options,
-              shard: Shard | None = None) -> Graph:
+              shard: Shard | None = None, stages: SplitStages | None = None) -> Graph:
     if options.pipeline is not None:
         pipeline = Pipeline(list(options.pipeline.passes))
-        if shard is not None:
-            pipeline.insert(shard, after="select-rows")
+        for item in (stages, shard):
+            if item is not None:
+                pipeline.insert(item, after="select-rows")
     else:
         pipeline = Pipeline.default(base=decision.base, activations=decision.activations, formats=decision.formats,
                                     kv=None if decision.kv == "bf16" else decision.kv, states=decision.states,
-                                    shard=shard)
+                                    shard=shard, stages=stages)
     for plugin in load_plugins(options.plugins):
         plugin.configure(pipeline)
     for name in options.disabled:

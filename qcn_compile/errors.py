@@ -51,6 +51,10 @@ class DeviceError(QcnError):
     exit_code = 7
 
 
+class RankError(DeviceError):
+    """Another rank died or does not come: this process cannot compute any more, a replica of it can."""
+
+
 class CapacityError(QcnError):
     """A request that does not fit the caches the artifact was started with."""
 

@@ -25,15 +25,16 @@ from qcn_compile.passes.select_quantization import SelectQuantization
 from qcn_compile.passes.select_rows import SelectRows
 from qcn_compile.passes.select_states import SelectStates
 from qcn_compile.passes.shard import Shard
+from qcn_compile.passes.split_stages import SplitStages
 from qcn_compile.plugins import home, op_at
 from qcn_compile.targets.registry import load_target
 
 
 def default_passes(base: str = "f32", quant: str = "none", activations: str = "f32",
                    shard: Shard | None = None, formats: Mapping[str, str] | None = None,
-                   kv: str | None = None, states: str = "f32") -> list[Pass]:
-    """The standard order; with `shard`, for one rank of several; `formats` of experts, dense, head if not `quant`;
-    kv: the type of cached keys and values, None: as they are computed; states: f32 or bf16."""
+                   kv: str | None = None, states: str = "f32", stages: SplitStages | None = None) -> list[Pass]:
+    """The standard order; with `shard` or `stages`, for one rank of several; `formats` of experts, dense, head if not
+    `quant`; kv: the type of cached keys and values, None: as they are computed; states: f32 or bf16."""
     own = formats or {}
     select = SelectQuantization(base, quant, own.get("experts", ""), own.get("dense", ""), own.get("head", ""),
                                 activations=activations)
@@ -52,6 +53,7 @@ def default_passes(base: str = "f32", quant: str = "none", activations: str = "f
         # 3. decide: rows before formats, so that the output projection is seen in its final place
         SelectRows(),
         *([shard] if shard is not None else []),  # whole heads and experts, before formats cut weights into blocks
+        *([stages] if stages is not None else []),
         select,
         *([SelectKv(kv)] if kv is not None else []),
         *([SelectStates(states)] if states != "f32" else []),
@@ -86,8 +88,8 @@ class Pipeline:
     @staticmethod
     def default(target: str = "cpu", *, base: str | None = None, quant: str = "none", activations: str = "f32",
                 shard: Shard | None = None, formats: Mapping[str, str] | None = None,
-                kv: str | None = None, states: str = "f32") -> Pipeline:
-        """The standard pipeline of a target, as --target names it; with `shard`, for one rank of several.
+                kv: str | None = None, states: str = "f32", stages: SplitStages | None = None) -> Pipeline:
+        """The standard pipeline of a target, as --target names it; with `shard` or `stages`, for one rank of several.
 
         base: f32 or bf16, how unquantised weights are stored (None: the target's own dtype); quant: none, int8, int4 or
         fp8; formats: others for experts, dense or head; activations: f32 or int8; kv, states: as
@@ -95,7 +97,7 @@ class Pipeline:
         Raises UsageError for an unknown target.
         """
         return Pipeline(default_passes(base or load_target(target).dtype, quant, activations, shard, formats, kv,
-                                       states))
+                                       states, stages))
 
     def _index(self, name: str) -> int:
         for index, item in enumerate(self.passes):

@@ -47,7 +47,7 @@ def write_build(output: Path, build: Path, traced: Traced, target: Target, decis
         held["rope"] = rope_tables(schedules, own)
     parts = tuple(RankPart(_caches(target, schedules), files, held)
                   for schedules, files, held in zip(ranks, plans, weights, strict=True))
-    check_ranks(build, parts)
+    check_ranks(build, parts, layout.to_json())
     manifest = _manifest(traced, target, decision, parts[0], [f"kernels/{n}" for n in libraries], len(kernels))
     if len(parts) > 1:
         manifest = replace(manifest, layout=layout.to_json(), ranks=parts)

@@ -39,6 +39,8 @@ def add_checkpoint_flags(parser: argparse.ArgumentParser) -> None:
                    help="--tp of qcn-compile; of a build, what it was made with")
     g.add_argument("--ep", "--ep-size", "--expert-parallel-size", type=int, metavar="M", dest="ep",
                    help="--ep of qcn-compile; of a build, what it was made with")
+    g.add_argument("--pp", "--pp-size", "--pipeline-parallel-size", type=int, metavar="K", dest="pp",
+                   help="--pp of qcn-compile; of a build, what it was made with")
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,7 @@ def find_checkpoint(arguments: argparse.Namespace) -> Checkpoint | None:
         flags += ["--quant", arguments.quantization]
     if arguments.mamba_ssm_dtype is not None:
         flags += ["--mamba-ssm-dtype", arguments.mamba_ssm_dtype]
-    for name in ("tp", "ep"):
+    for name in ("tp", "ep", "pp"):
         if getattr(arguments, name) not in (None, 1):
             flags += [f"--{name}", str(getattr(arguments, name))]
     found = Checkpoint(str(given), tuple(flags))
@@ -126,12 +128,12 @@ def find_checkpoint(arguments: argparse.Namespace) -> Checkpoint | None:
     return found
 
 
-def check_layout(build: Path, tp: int | None, ep: int | None) -> None:
+def check_layout(build: Path, tp: int | None, ep: int | None, pp: int | None = None) -> None:
     """Raises UsageError when a build was made for other numbers of ranks than asked for."""
-    if tp is None and ep is None:
+    if tp is None and ep is None and pp is None:
         return
     layout = read_manifest(build).layout
-    for flag, asked in (("tp", tp), ("ep", ep)):
+    for flag, asked in (("tp", tp), ("ep", ep), ("pp", pp)):
         have = int(layout.get(flag, 1))
         if asked is not None and asked != have:
             raise UsageError(f"--{flag} {asked}: {build} was built with --{flag} {have}; leave it out, or build again "

@@ -171,7 +171,7 @@ def _load(arguments: argparse.Namespace, checkpoint: Checkpoint | None) -> Model
     if checkpoint is not None:
         checkpoint.compile()
     else:
-        check_layout(arguments.build, arguments.tp, arguments.ep)
+        check_layout(arguments.build, arguments.tp, arguments.ep, arguments.pp)
     check_state_type(arguments.build, arguments.mamba_ssm_dtype)
     running, chunk = arguments.max_running_requests, arguments.prefill_chunk
     if running is None:

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from qcn_compile.artifact import Arg, Launch, Manifest, Plan, Route, read_plan
-from qcn_compile.errors import ArtifactError, CapacityError, DeviceError
+from qcn_compile.errors import ArtifactError, CapacityError, DeviceError, RankError
 from qcn_compile.runtime.batch import Capacity, InputArrays, Span, demand
 from qcn_compile.runtime.communicator import SharedMemory
 from qcn_compile.runtime.device import ANY, LAUNCH, POINTER, CpuDevice, address, allocate
@@ -239,7 +239,7 @@ class Executable(Plans):
         if failed >= 0:
             launch = plan.launches[failed]
             if launch.collective is not None:
-                raise DeviceError(self._device.error())
+                raise RankError(self._device.error())
             raise DeviceError(f"kernel {launch.kernel} of op {launch.op} ({launch.location}) failed in plan {plan.name}"
                               f": {self._device.error()}; check the build with qcn-run --verify, or build it again")
         if self.profile is not None and seconds is not None:

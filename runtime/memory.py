@@ -78,11 +78,11 @@ def plan_memory(manifest: Manifest, context_length: int | None, max_running: int
                          "--json-model-override-args '{\"rope_scaling\": {\"rope_type\": \"yarn\", \"factor\": ...}}'")
     if max_running < 1:
         raise UsageError(f"--max-running-requests {max_running}: must be at least 1")
-    page_bytes = sum(cache.unit_bytes for cache in manifest.caches if cache.kind == "kv")
-    slot_bytes = sum(cache.unit_bytes for cache in manifest.caches if cache.kind != "kv")
+    caches = [cache for part in manifest.ranks or (manifest,) for cache in part.caches]  # CPU ranks share the machine
+    page_bytes = sum(cache.unit_bytes for cache in caches if cache.kind == "kv")
+    slot_bytes = sum(cache.unit_bytes for cache in caches if cache.kind != "kv")
     each = -(-context // manifest.page_size)
     limit = int(memory_bytes() * DEFAULT_SHARE) if budget is None else budget
-    limit //= max(1, len(manifest.ranks))  # CPU ranks share the machine
     if prefix is not None and prefix.states is not None:
         max_running = min(max_running, prefix.states)
     drafts = max_running if speculate else 0

@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from qcn_compile.artifact.schema import SCHEMA, Manifest, Plan, RankPart
+from qcn_compile.artifact.schema import SCHEMA, Collective, Manifest, Plan, RankPart
 from qcn_compile.errors import ArtifactError
 
 FULL_HASH_LIMIT = 64 << 20  # larger files are checked by size at load; `verify(build, deep=True)` hashes everything
@@ -75,16 +76,33 @@ def _check_files(build: Path, files: dict[str, dict[str, Any]], deep: bool) -> N
                                 "copy the build again or rebuild it")
 
 
-def check_ranks(build: Path, parts: Sequence[RankPart]) -> None:
-    """Raises ArtifactError unless all ranks meet at the same collectives in the same order in every plan."""
+def check_ranks(build: Path, parts: Sequence[RankPart], layout: Mapping[str, Any]) -> None:
+    """Raises ArtifactError unless in every plan the ranks of a stage meet at the same collectives in the same order,
+    and each takes what another sends."""
+    tp = int(layout.get("tp", 1))
     for names in zip(*(part.plans for part in parts), strict=True):
-        meetings = [[launch.collective for launch in read_plan(build, name).launches if launch.collective]
-                    for name in names]
+        meetings = [_meetings(rank, tp, read_plan(build, name)) for rank, name in enumerate(names)]
         for rank, own in enumerate(meetings):
-            if own != meetings[0]:
-                raise ArtifactError(f"{build}: {names[rank]} has {len(own)} collectives that differ from the "
-                                    f"{len(meetings[0])} of {names[0]}: the ranks would wait for each other for ever; "
-                                    "build again with qcn-compile")
+            for ranks, met in own.items():
+                for other in ranks:
+                    if (theirs := meetings[other].get(ranks, [])) != met:
+                        raise ArtifactError(
+                            f"{build}: {names[rank]} has {len(met)} collectives that differ from the {len(theirs)} of "
+                            f"{names[other]}: the ranks would wait for each other for ever; build again with "
+                            "qcn-compile")
+
+
+def _meetings(rank: int, tp: int, plan: Plan) -> dict[tuple[int, ...], list[Collective]]:
+    """What a rank does together with others, by who takes part; a transfer as its sender sees it."""
+    stage = tuple(range(rank // tp * tp, rank // tp * tp + tp))
+    found: dict[tuple[int, ...], list[Collective]] = {}
+    for launch in plan.launches:
+        if (what := launch.collective) is None:
+            continue
+        ranks = stage if what.peer < 0 else tuple(sorted((rank, what.peer)))
+        seen = replace(what, kind="send", peer=rank) if what.kind == "recv" else what
+        found.setdefault(ranks, []).append(seen)
+    return found
 
 
 def read_plan(build: Path, name: str) -> Plan:

@@ -50,13 +50,15 @@ PEER_ROWS = 128  # rows that ranks may exchange at once over each other's memory
 
 @dataclass(frozen=True)
 class Collective:
-    """What all ranks do together instead of a kernel: all_reduce or all_gather of `width` elements of `dtype` for each
-    of `rows` (T, S or R) rows. Arguments of its launch: x, y, counts."""
+    """What ranks do together instead of a kernel, with `width` elements of `dtype` for each of `rows` (T, S or R)
+    rows: all_reduce or all_gather of all ranks of a stage, or send to or recv from rank `peer`. Arguments of its
+    launch: x, y, counts."""
 
     kind: str
     dtype: str
     rows: str
     width: int
+    peer: int = -1
 
 
 @dataclass(frozen=True)

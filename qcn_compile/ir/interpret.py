@@ -52,30 +52,47 @@ def run(graph: Graph, inputs: dict[str, Any], weights: Weights | None = None,
 @torch.no_grad()
 def run_ranks(graphs: Sequence[Graph], inputs: Sequence[dict[str, Any]], weights: Weights | None = None
               ) -> list[list[Any]]:
-    """Outputs of every rank's graph, all run together: at a collective each waits for the others."""
+    """Outputs of every rank's graph, all run together: at a collective each waits for the others it is with."""
     walks = [_walk(graph, given, weights) for graph, given in zip(graphs, inputs, strict=True)]
     outputs: list[list[Any]] = [[] for _ in walks]
-    answers: list[Any] = [None] * len(walks)
-    while True:
-        waiting = []
-        for rank, walk in enumerate(walks):
-            try:
-                waiting.append(walk.send(answers[rank]))
-            except StopIteration as done:
-                outputs[rank] = list(done.value)
-        if not waiting:
-            return outputs
-        answers = _meet([op for op, _ in waiting], [value for _, value in waiting], len(walks))
+    waiting: dict[int, tuple[Op, Any]] = {}
+
+    def go_on(rank: int, answer: Any) -> None:
+        waiting.pop(rank, None)
+        try:
+            waiting[rank] = walks[rank].send(answer)
+        except StopIteration as done:
+            outputs[rank] = list(done.value)
+
+    for rank in range(len(walks)):
+        go_on(rank, None)
+    while waiting:
+        answers = next(filter(None, (_meet(rank, waiting) for rank in waiting)), None)
+        if answers is None:
+            raise IRError(f"{len(waiting)} of {len(walks)} ranks meet, "
+                          + ", ".join(f"rank {rank} at {format_op(op)}" for rank, (op, _) in waiting.items())
+                          + ": all must run the same collectives in the same order")
+        for rank, answer in answers.items():
+            go_on(rank, answer)
+    return outputs
 
 
-def _meet(ops: list[Op], operands: list[Any], ranks: int) -> list[Any]:
-    """The results of one collective. Raises IRError when the ranks came to different ones."""
-    first = ops[0]
-    for op in ops:
-        if len(ops) != ranks or (op.name, op.attrs) != (first.name, first.attrs) or op.attrs["ranks"] != ranks:
-            raise IRError(f"{len(ops)} of {ranks} ranks meet, one at {format_op(first)}, another at {format_op(op)}: "
-                          "all must run the same collectives in the same order")
-    return list(row(first.name).reference(operands, **plain_attrs(first.attrs)))
+def _meet(rank: int, waiting: dict[int, tuple[Op, Any]]) -> dict[int, Any] | None:
+    """The results of the collective that a rank waits at, by rank; None while others have not come to it."""
+    op, value = waiting[rank]
+    if op.name == "send":
+        to = int(op.attrs["to"])  # type: ignore[arg-type]
+        other = waiting.get(to)
+        come = other is not None and other[0].name == "recv" and other[0].attrs["source"] == rank
+        return {rank: value, to: value} if come else None
+    if op.name == "recv":
+        return None  # its sender meets it
+    ranks = int(op.attrs["ranks"])  # type: ignore[arg-type]
+    group = range(rank // ranks * ranks, rank // ranks * ranks + ranks)
+    if not all(r in waiting and (waiting[r][0].name, waiting[r][0].attrs) == (op.name, op.attrs) for r in group):
+        return None
+    results = row(op.name).reference([waiting[r][1] for r in group], **plain_attrs(op.attrs))
+    return dict(zip(group, results, strict=True))
 
 
 def _walk(graph: Graph, inputs: dict[str, Any], weights: Weights | None,

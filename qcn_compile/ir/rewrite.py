@@ -130,7 +130,7 @@ class Rewriter:
         work = [op]
         while work:
             at = work.pop()
-            kept = bool(row(at.name).effects) and at not in absorbed
+            kept = lasting(at) and at not in absorbed
             if kept or at not in self.place or any(self.users.get(v) or v in self.graph.outputs for v in at.results):
                 continue
             del self.place[at]
@@ -145,12 +145,17 @@ class Rewriter:
         return remove_dead(self.graph)
 
 
+def lasting(op: Op) -> bool:
+    """Whether an op stays though nothing reads it: it changes a state, or other ranks wait for it."""
+    return bool(row(op.name).effects) or row(op.name).collective
+
+
 def remove_dead(graph: Graph) -> Graph:
-    """Drop ops without effects whose results nothing reads."""
+    """Drop ops that are not `lasting` and whose results nothing reads."""
     live: set[Value] = set(graph.outputs)
     kept: list[Op] = []
     for op in reversed(graph.ops):
-        if row(op.name).effects or any(v in live for v in op.results):
+        if lasting(op) or any(v in live for v in op.results):
             kept.append(op)
             live.update(op.inputs)
     graph.ops = kept[::-1]

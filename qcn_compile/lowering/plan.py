@@ -87,11 +87,12 @@ def _routes(schedule: Schedule, offsets: Mapping[Key, int]) -> tuple[Route, ...]
 
 
 def _collective(op: Op) -> Collective:
-    type_ = op.inputs[0].tensor
+    type_ = op.results[0].tensor if op.name == "recv" else op.inputs[0].tensor
     symbol = type_.shape[0]
     if not isinstance(symbol, Sym) or (symbol.scale, symbol.offset) != (1, 0):
         raise LoweringError(f"{op.name} at {op.loc}: a collective of {type_}; its rows must be T, S or R")
-    return Collective(op.name, type_.dtype.value, symbol.name, row_width(type_))
+    return Collective(op.name, type_.dtype.value, symbol.name, row_width(type_),
+                      int(op.attrs.get("to", op.attrs.get("source", -1))))  # type: ignore[arg-type]
 
 
 def _argument(schedule: Schedule, op: Op, ref: Ref, offsets: Mapping[Key, int],

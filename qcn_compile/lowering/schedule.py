@@ -78,6 +78,8 @@ def schedule(graph: Graph, bucket: Bucket, target: Target) -> Schedule:
             continue
         for value in op.results:
             result.views[value] = View(value, 0, row_width(value.tensor))
+        if op.name == "send":  # its result is its operand
+            result.views[op.result] = result.views[op.inputs[0]]
         if row(op.name).collective:
             result.steps += _collective(op, result, target)
             continue
@@ -89,10 +91,13 @@ def schedule(graph: Graph, bucket: Bucket, target: Target) -> Schedule:
 
 def _collective(op: Op, result: Schedule, target: Target) -> list[Step]:
     """The first step is the communicator's; those of the target after it put in order what came."""
+    if op.name == "recv":
+        y = Ref("result", index=0)
+        return [Step(op, Call(Kernel.make(op.name), (y, y, Ref("input", name="counts"))), True)]
     x = op.inputs[0]
     if result.views[x].stride != row_width(x.tensor):
         raise LoweringError(f"a collective needs dense rows: {format_op(op)}")
-    if target.kind == "gpu":
+    if target.kind == "gpu" and op.name != "send":
         calls = target.lower(op, [_operand(x, result)], [v.tensor for v in op.results], result.bucket)
     else:
         calls = [Call(Kernel.make(op.name),

@@ -82,9 +82,9 @@ class Candidate:
     planned: bool
 
     @property
-    def grade(self) -> tuple[bool, bool, bool]:
-        """Smaller is better, before any speed: possible, buildable, within the error budget."""
-        return bool(self.problem), self.planned, bool(self.over)
+    def grade(self) -> tuple[bool, bool, bool, bool]:
+        """Smaller is better, before any speed: possible, buildable, within the error budget, not in stages."""
+        return bool(self.problem), self.planned, bool(self.over), self.layout.pp > 1
 
     @property
     def title(self) -> str:
@@ -140,7 +140,7 @@ def _candidate(ask: Ask, scheme: Scheme, layout: Layout) -> Candidate:
     context = min(FILL, ask.context or FILL)
     predict = Predictor(ask.shape, scheme, layout, ask.chip)
     seconds = predict.decode(ask.requests, context).seconds if predict.known else 0.0
-    planned = not _written(scheme, ask.chip.backend) or layout.pp > 1
+    planned = not _written(scheme, ask.chip.backend)
     return Candidate(scheme, layout, need, problem, _over(ask, scheme), seconds, planned)
 
 

@@ -24,7 +24,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     g.add_argument("--plan-only", action="store_true", help="print whether it fits, what it would take and how fast it "
                    "should be; build nothing")
     g.add_argument("--gpus", type=int, metavar="N", help="GPUs to lay it out on (default: the fewest that hold it)")
-    g.add_argument("--pp", type=int, metavar="N", help="stages of consecutive layers, one after the other")
+    g.add_argument("--pp", type=int, metavar="N", help="stages of consecutive layers, one after the other, each "
+                   "on --tp ranks (default: 1)")
     g.add_argument("--max-running-requests", type=int, metavar="N", help="requests at once that must fit, each with "
                    f"the whole context (default: one with the whole context, states for {SLOTS})")
     g.add_argument("--memory", type=float, metavar="GB", help="memory of a chip (default: its data file's; for a CPU "

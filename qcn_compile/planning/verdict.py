@@ -132,7 +132,7 @@ def _reasons(ask: Ask, found: list[Candidate], context: int) -> dict[str, str]:
 
 def _lesser(item: Candidate) -> str:
     """Why a candidate that fits comes after the chosen one, whatever its speed."""
-    reason = "no kernels are written for it yet" if item.planned else item.over
+    reason = "no kernels are written for it yet" if item.planned else item.over or "its stages wait for each other"
     return f"{item.scheme.name} would take {item.seconds * 1e3:.3g} ms a step, but {reason}"
 
 

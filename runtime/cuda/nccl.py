@@ -1,4 +1,5 @@
-"""NCCL's C functions through ctypes: sums and gathers of ranks, put into a stream (and so captured into a graph)."""
+"""NCCL's C functions through ctypes: sums, gathers and transfers of ranks, put into a stream (and so captured into a
+graph)."""
 
 from __future__ import annotations
 
@@ -69,6 +70,18 @@ class Nccl:
         """y = the x of all ranks, `count` elements each, one after the other."""
         self._call("ncclAllGather", ctypes.c_void_p(x), ctypes.c_void_p(y), ctypes.c_size_t(count),
                    ctypes.c_int(TYPES[dtype]), self._comm, ctypes.c_void_p(int(stream)))
+
+    def send(self, x: int, count: int, dtype: str, to: int, stream: Any) -> None:
+        """`count` elements at a device address go to a rank, which must call `recv` in its turn."""
+        self._transfer("ncclSend", x, count, dtype, to, stream)
+
+    def recv(self, y: int, count: int, dtype: str, source: int, stream: Any) -> None:
+        """`count` elements of a rank's `send` come to a device address."""
+        self._transfer("ncclRecv", y, count, dtype, source, stream)
+
+    def _transfer(self, name: str, place: int, count: int, dtype: str, peer: int, stream: Any) -> None:
+        self._call(name, ctypes.c_void_p(place), ctypes.c_size_t(count), ctypes.c_int(TYPES[dtype]), ctypes.c_int(peer),
+                   self._comm, ctypes.c_void_p(int(stream)))
 
     def _call(self, name: str, *args: Any) -> None:
         code = getattr(self._api, name)(*args)

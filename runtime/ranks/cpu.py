@@ -21,15 +21,16 @@ from qcn_compile.runtime.weights import Report, Weights
 def open_ranks(build: Path, manifest: Manifest, memory: MemoryPlan, threads: int, pin: bool, huge_pages: bool,
                report: Report | None = None) -> tuple[CpuDevice, Executable]:
     """Rank 0 here, the others as processes; each gets its share of `threads`. `executable.team` ends them."""
-    check_ranks(build, manifest.ranks)
+    check_ranks(build, manifest.ranks, manifest.layout)
+    tp = int(manifest.layout.get("tp", 1))
     ranks, share = len(manifest.ranks), max(1, threads // len(manifest.ranks))
     deadline = float(settings.rank_timeout())
     device = CpuDevice(build, _libraries(manifest), share, pin and ranks == 1)
     team, file = None, -1
     try:
-        file = room(device.host, ranks)
-        communicator = SharedMemory(device.host, file, 0, ranks, deadline)
-        options = {"file": file, "threads": share, "huge_pages": huge_pages, "parent": os.getpid()}
+        file = room(device.host, ranks, tp)
+        communicator = SharedMemory(device.host, file, 0, ranks, deadline, tp=tp)
+        options = {"file": file, "threads": share, "huge_pages": huge_pages, "parent": os.getpid(), "tp": tp}
 
         def setup(rank: int) -> Setup:
             return Setup(f"{__name__}:open_worker", build.resolve(), rank, ranks, memory, deadline, options)
@@ -56,7 +57,7 @@ def open_worker(setup: Setup) -> tuple[Executable, Callable[[str], None]]:
     manifest = read_manifest(setup.build).of_rank(setup.rank)
     device = CpuDevice(setup.build, _libraries(manifest), setup.options["threads"])
     communicator = SharedMemory(device.host, setup.options["file"], setup.rank, setup.ranks, setup.deadline,
-                                setup.options["parent"])
+                                setup.options["parent"], setup.options["tp"])
     weights = Weights(setup.build, manifest.weights, setup.options["huge_pages"])
     return Executable(setup.build, manifest, device, weights, setup.memory, communicator), communicator.fail
 

@@ -1,16 +1,20 @@
-"""A GPU build for several ranks: one process a GPU, which exchange over NCCL and over each other's memory."""
+"""A GPU build for several ranks: one process a GPU, which exchange over NCCL and over each other's memory.
+
+All GPUs are of this host: stages of a pipeline, too.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from qcn_compile import settings
 from qcn_compile.artifact import Manifest, check_ranks, read_manifest
-from qcn_compile.errors import DeviceError
+from qcn_compile.errors import DeviceError, RankError
 from qcn_compile.runtime.cuda.device import CudaDevice
-from qcn_compile.runtime.cuda.exchange import Exchange, area_bytes
+from qcn_compile.runtime.cuda.exchange import Exchange, area_bytes, degrees
 from qcn_compile.runtime.cuda.executable import CudaExecutable
 from qcn_compile.runtime.cuda.nccl import Nccl
 from qcn_compile.runtime.cuda.opening import fitting, host_tables
@@ -28,17 +32,20 @@ def open_ranks_cuda(build: Path, manifest: Manifest, context_length: int | None,
                     speculate: bool = False, share: float | None = None, embedding_on_host: bool = False
                     ) -> tuple[CudaDevice, CudaExecutable, MemoryPlan]:
     """Rank 0 on the first visible GPU, the others as processes on the next ones; see `open_cuda`. `budget`: of each."""
-    check_ranks(build, manifest.ranks)
+    check_ranks(build, manifest.ranks, manifest.layout)
     ranks, own = len(manifest.ranks), manifest.of_rank(0)
     device, team = CudaDevice(own.target), None
     try:
         if device.count() < ranks:
             raise DeviceError(f"{build} is for {ranks} GPUs, this machine shows {device.count()}; run it where there "
-                              f"are {ranks} (CUDA_VISIBLE_DEVICES chooses them), or build again with a smaller --tp")
+                              f"are {ranks} (CUDA_VISIBLE_DEVICES chooses them), or build again with a smaller --tp "
+                              "or --pp")
         on_host = host_tables(build, own) if embedding_on_host else frozenset()
-        memory = fitting(device, build, own, context_length, max_running, budget, share, prefix, speculate, on_host)
-        unique, deadline = Nccl.unique_id(), float(settings.rank_timeout())
-        files = make_areas(device.driver, ranks, area_bytes(own)) if settings.one_shot() else []
+        fits = [fitting(device, build, manifest.of_rank(rank), context_length, max_running, budget, share, prefix,
+                        speculate, on_host) for rank in range(0, ranks, degrees(own)[0])]
+        memory = replace(fits[0], pages=min(m.pages for m in fits), snapshots=min(m.snapshots for m in fits))
+        unique, deadline = _keys(degrees(own)[1]), float(settings.rank_timeout())
+        files = make_areas(device.driver, ranks, area_bytes(own)) if settings.one_shot() and area_bytes(own) else []
         options = {"unique": unique, "model": model, "areas": files, "on_host": embedding_on_host}
 
         def setup(rank: int) -> Setup:
@@ -73,9 +80,17 @@ def _open(device: CudaDevice, setup: Setup, manifest: Manifest, report: Report |
     device.activate()
     on_host = host_tables(setup.build, manifest) if setup.options["on_host"] else frozenset()
     weights = DeviceWeights(setup.build, manifest.weights, device, setup.options["model"], report, on_host)
-    nccl = Nccl(setup.rank, setup.ranks, setup.options["unique"])
-    exchange = Exchange(device, nccl, manifest, setup.rank, setup.options["areas"])
+    (tp, pp), (whole, *stages) = degrees(manifest), setup.options["unique"]
+    stage, part = divmod(setup.rank, tp)
+    world = Nccl(setup.rank, setup.ranks, whole) if pp > 1 else None
+    nccl = Nccl(part, tp, stages[stage]) if world is not None else Nccl(setup.rank, setup.ranks, whole)
+    exchange = Exchange(device, nccl, manifest, setup.rank, setup.options["areas"][stage * tp:(stage + 1) * tp], world)
     return CudaExecutable(setup.build, manifest, device, weights, setup.memory, exchange)
+
+
+def _keys(pp: int) -> list[bytes]:
+    """NCCL's ids: of all ranks, and of the ranks of each stage where there are several."""
+    return [Nccl.unique_id() for _ in range(1 + (pp if pp > 1 else 0))]
 
 
 def _watch(deadline: float, team: Team | None = None) -> Callable[[float], None]:
@@ -85,8 +100,8 @@ def _watch(deadline: float, team: Team | None = None) -> Callable[[float], None]
         if team is not None and team.failure is not None:
             raise team.failure
         if seconds > deadline and not given_up:
-            given_up.append(DeviceError(f"a step did not end within {deadline:g} s: a rank does not come to a "
-                                        "collective (QCN_RANK_TIMEOUT sets how long to wait); start qcn-run again"))
+            given_up.append(RankError(f"a step did not end within {deadline:g} s: a rank does not come to a "
+                                      "collective (QCN_RANK_TIMEOUT sets how long to wait); start qcn-run again"))
         if given_up:
             raise given_up[0]
     return watch

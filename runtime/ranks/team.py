@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from qcn_compile.errors import DeviceError, QcnError
+from qcn_compile.errors import DeviceError, QcnError, RankError
 from qcn_compile.runtime.prefix.rows import Rows
 
 T = TypeVar("T")
@@ -117,7 +117,7 @@ class Team:
         connection = self._connections[rank - 1]
         try:
             if not connection.poll(seconds):
-                raise DeviceError(f"rank {rank} (process {self._processes[rank - 1].pid}) gave no answer within "
+                raise RankError(f"rank {rank} (process {self._processes[rank - 1].pid}) gave no answer within "
                                   f"{seconds:g} s")
             answer = pickle.loads(connection.recv_bytes())
         except (EOFError, OSError):
@@ -131,15 +131,15 @@ class Team:
         try:
             self._processes[rank - 1].wait(END_SECONDS)
         except subprocess.TimeoutExpired:
-            return DeviceError(f"rank {rank} closed its connection but did not end")
-        return self.failure or DeviceError(_ended(rank, self._processes[rank - 1]))
+            return RankError(f"rank {rank} closed its connection but did not end")
+        return self.failure or RankError(_ended(rank, self._processes[rank - 1]))
 
     def _watch(self, rank: int, process: subprocess.Popen[bytes]) -> None:
         process.wait()
         with self._lock:
             if self._closing or self.failure is not None:
                 return
-            self.failure = DeviceError(_ended(rank, process))
+            self.failure = RankError(_ended(rank, process))
         self._fail(str(self.failure))
         self.on_failure(self.failure)
 

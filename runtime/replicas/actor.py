@@ -8,9 +8,12 @@ import signal
 import socket
 import subprocess
 import sys
+import time
+import urllib.error
 import urllib.request
 from collections.abc import Sequence
 
+PATIENCE = 60.0  # seconds that a busy server may be silent before it counts as gone; one that ended is seen at once
 TRIES = 3  # starts in a row that may end before the server serves
 PR_SET_PDEATHSIG = 1
 
@@ -28,7 +31,7 @@ class Server:
             probe.bind((self._host, 0))
             self._port = probe.getsockname()[1]
         flags = ["--ray", "off", "--replicas", "1", "--host", self._host, "--port", str(self._port)]
-        self._served = False
+        self._served, self._heard = False, time.monotonic()
         self._process = subprocess.Popen([sys.executable, "-m", "qcn_compile.runtime.cli", *self._argv, *flags],
                                          preexec_fn=_die_with_parent, env={**os.environ, "PYTHONUNBUFFERED": "1"})
 
@@ -46,12 +49,20 @@ class Server:
                   file=sys.stderr, flush=True)
             self._start()
         url = f"http://{self._host}:{self._port}"
+        return (url if self._serves(url) else None), self._process.pid
+
+    def _serves(self, url: str) -> bool:
+        """Whether the server takes requests; on a machine with much to do it may come to answer late."""
         try:
-            with urllib.request.urlopen(f"{url}/health", timeout=5) as answer:
-                self._served = self._served or answer.status == 200
-                return (url if answer.status == 200 else None), self._process.pid
-        except OSError:
-            return None, self._process.pid
+            with urllib.request.urlopen(f"{url}/health", timeout=5):
+                pass
+        except urllib.error.HTTPError:
+            return False  # it drains, or its engine failed
+        except OSError as error:
+            late = isinstance(getattr(error, "reason", error), TimeoutError)
+            return late and self._served and time.monotonic() - self._heard < PATIENCE
+        self._served, self._heard = True, time.monotonic()
+        return True
 
 
 def _address() -> str:

@@ -1,4 +1,5 @@
-"""Which replica gets a request: the one that has seen most of the prompt, unless it has much more to do."""
+"""Which replica gets a request: the one that has seen most of the prompt, unless it has much more to do; of equals the
+one that has seen least."""
 
 from __future__ import annotations
 
@@ -27,7 +28,7 @@ class Affinity:
             return None
         blocks, idlest = chain(text), min(self.busy[i] for i in found)
         able = [i for i in found if self.busy[i] <= idlest + SLACK]
-        best = max(able, key=lambda i: (self._known(i, blocks), -self.busy[i]))
+        best = max(able, key=lambda i: (self._known(i, blocks), -self.busy[i], -len(self._seen[i])))
         seen = self._seen[best]
         for block in blocks:
             seen[block] = None

@@ -19,7 +19,7 @@ from qcn_compile.runtime.replicas.options import LOCAL
 from qcn_compile.runtime.replicas.proxy import Proxy
 from qcn_compile.runtime.server.launch import listen
 
-EVERY, SILENT = 0.5, 30.0  # seconds between looks at a replica, and until one that does not answer is taken for dead
+EVERY, SILENT = 0.5, 60.0  # seconds between looks at a replica, and until one that does not answer is taken for dead
 STORE = 80 << 20  # bytes of Ray's object store: nothing of ours goes through it
 
 

@@ -1,6 +1,7 @@
 """The one address of several replicas: a request goes to one of them, to another when that is gone before it answers.
 
-No client waits for a replica that is gone: what has begun to stream ends with an error event, the rest gets a 503.
+No client waits for a replica that is gone: what has begun to stream ends with an error event, the rest goes to another
+replica, or gets a 503 when there is none. The same holds for one that refuses, or of which a rank died.
 """
 
 from __future__ import annotations
@@ -39,7 +40,10 @@ class Replica:
 
 
 class Lost(Exception):
-    """A replica is gone."""
+    """A replica is gone. `answer`: what it still said, if anything."""
+
+    def __init__(self, answer: Response | None = None) -> None:
+        self.answer = answer
 
 
 class Proxy:
@@ -75,17 +79,19 @@ class Proxy:
     async def _any(self, request: Request) -> Response:
         body = await request.body()
         text, left = prompt_of(body) if body else "", set(range(len(self.replicas)))
+        said: Response | None = None
         while (index := self.affinity.choose(text, {i for i in left if self.replicas[i].url is not None})) is not None:
             left.discard(index)
             try:
                 return await self._forward(request, body, index)
-            except (httpx.TransportError, Lost):
-                self.affinity.release(index)  # it never answered: another may
+            except (httpx.TransportError, Lost) as error:
+                self.affinity.release(index)  # it did nothing: another may
+                said = getattr(error, "answer", None) or said
             except BaseException:
                 self.affinity.release(index)
                 raise
         lost = len(left) < len(self.replicas)
-        return JSONResponse(GONE if lost else NONE, 503, {"retry-after": "1"})
+        return said or JSONResponse(GONE if lost else NONE, 503, {"retry-after": "1"})
 
     async def _forward(self, request: Request, body: bytes, index: int) -> Response:
         replica = self.replicas[index]
@@ -100,6 +106,8 @@ class Proxy:
                 whole = await _unless(gone, answer.aread())
             finally:
                 await answer.aclose()
+            if answer.status_code == 503:
+                raise Lost(Response(whole, answer.status_code, kept))
             self.affinity.release(index)
             return Response(whole, answer.status_code, kept)
         return StreamingResponse(self._stream(answer, gone, index), answer.status_code, kept)

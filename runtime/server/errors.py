@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from qcn_compile.errors import CapacityError, QcnError, UsageError
+from qcn_compile.errors import CapacityError, QcnError, RankError, UsageError
 
 _TYPES = {401: "authentication_error", 429: "rate_limit_error", 503: "overloaded_error", 504: "timeout_error"}
 _ANTHROPIC_TYPES = _TYPES | {404: "not_found_error", 413: "request_too_large"}
@@ -63,7 +63,8 @@ def from_runtime(error: BaseException) -> ApiError:
     if isinstance(error, UsageError):
         return bad_request(str(error))
     detail = str(error) if isinstance(error, QcnError) else type(error).__name__
-    return ApiError(500, f"the server failed: {detail}", code="server_error")
+    status, code = (503, "rank_lost") if isinstance(error, RankError) else (500, "server_error")
+    return ApiError(status, f"the server failed: {detail}", code=code)
 
 
 def from_validation(error: ValidationError) -> ApiError:

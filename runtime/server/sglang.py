@@ -11,7 +11,6 @@ from qcn_compile.runtime.rope import parse_overrides
 
 COUNTS = {
     "dp": (("--dp", "--dp-size", "--data-parallel-size"), "data parallelism: start one server for each GPU"),
-    "pp": (("--pp", "--pp-size", "--pipeline-parallel-size"), "pipeline parallelism is not built yet; use --tp"),
     "speculative_eagle_topk": (("--speculative-eagle-topk",), "a tree of drafts is not built yet; 1 is a chain"),
 }
 """Numbers that may only be 1."""

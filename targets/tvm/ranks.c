@@ -4,6 +4,8 @@
  * stand there. Slots are double: a rank can be one meeting ahead, and then nobody reads its old slot any more. All ranks
  * add up the slots in the same order, so they get the same bits. A rank that is dead, late or in another collective ends
  * the wait with an error; nothing waits for ever.
+ *
+ * Stages of a pipeline meet in pairs, in a room of two. Who sends goes on at once, up to one meeting ahead of the other.
  */
 #define _GNU_SOURCE
 #include <linux/futex.h>
@@ -33,7 +35,7 @@ typedef struct { /* the shared memory; slots follow: [ranks][2][capacity] bytes 
 } Room;
 typedef struct { Room* room; int64_t capacity; int64_t deadline_ns; int32_t rank, ranks, parent; uint32_t meetings; } QcnRanks;
 typedef struct { QcnRanks* ranks; int32_t kind, rows; int64_t width; } QcnCollective; /* rows: index into counts */
-enum { ALL_REDUCE, ALL_GATHER, BROADCAST, BARRIER };
+enum { ALL_REDUCE, ALL_GATHER, BROADCAST, BARRIER, SEND, RECV };
 
 void qcn_host_set_error(const char* text);
 
@@ -67,19 +69,19 @@ static int refuse(QcnRanks* r, const char* text) {
   return 1;
 }
 
-static int wait_for(QcnRanks* r, int other) {
+static int wait_for(QcnRanks* r, int other, unsigned meeting) {
   atomic_uint* word = &r->room->seats[other].count;
   int64_t deadline = 0;
   char text[200];
   for (unsigned spins = 0;; ++spins) {
     unsigned seen = atomic_load_explicit(word, memory_order_acquire);
-    if ((int32_t)(seen - r->meetings) >= 0) return 0;
+    if ((int32_t)(seen - meeting) >= 0) return 0;
     if (atomic_load(&r->room->failed)) return refuse(r, "");
     if (spins < SPINS) { sched_yield(); continue; }
     if (!deadline) deadline = clock_ns() + r->deadline_ns;
     if (r->parent && getppid() != r->parent) return refuse(r, "rank 0 is gone");
     if (clock_ns() > deadline) {
-      snprintf(text, sizeof text, "rank %d did not come to collective %u within %.0f s", other, r->meetings,
+      snprintf(text, sizeof text, "rank %d did not come to collective %u within %.0f s", other, meeting,
                (double)r->deadline_ns * 1e-9);
       return refuse(r, text);
     }
@@ -88,21 +90,53 @@ static int wait_for(QcnRanks* r, int other) {
   }
 }
 
-/* Comes to the next meeting with `bytes` of `data` (NULL: with none) and waits for all. Returns the parity, or -1. */
-static int meet(QcnRanks* r, int kind, const void* data, int64_t bytes) {
-  unsigned parity = ++r->meetings & 1;
+/* Comes to the next meeting with `bytes` of `data` (NULL: with none). Returns what it came for. */
+static uint64_t come(QcnRanks* r, int kind, const void* data, int64_t bytes) {
+  unsigned parity = r->meetings & 1;
   Seat* seat = &r->room->seats[r->rank];
   if (data) memcpy(slot(r, r->rank, parity), data, (size_t)bytes);
   uint64_t tag = seat->tag[parity] = (uint64_t)kind << 56 | (uint64_t)bytes;
   atomic_store_explicit(&seat->count, r->meetings, memory_order_release);
   syscall(SYS_futex, &seat->count, FUTEX_WAKE, MAX_RANKS, 0, 0, 0);
-  for (int other = 0; other < r->ranks; ++other) {
-    if (other == r->rank) continue;
-    if (wait_for(r, other)) return -1;
-    if (r->room->seats[other].tag[parity] != tag)
-      return refuse(r, "the ranks came to different collectives: their plans do not belong together"), -1;
+  return tag;
+}
+
+static int check(QcnRanks* r, int other, uint64_t tag) {
+  if (r->room->seats[other].tag[r->meetings & 1] == tag) return 0;
+  return refuse(r, "the ranks came to different collectives: their plans do not belong together");
+}
+
+/* Comes to the next meeting and waits for all. Returns the parity, or -1. */
+static int meet(QcnRanks* r, int kind, const void* data, int64_t bytes) {
+  ++r->meetings;
+  uint64_t tag = come(r, kind, data, bytes);
+  for (int other = 0; other < r->ranks; ++other)
+    if (other != r->rank && (wait_for(r, other, r->meetings) || check(r, other, tag))) return -1;
+  return (int)(r->meetings & 1);
+}
+
+/* The next meeting of two. The other must have come to the one before: it then reads nothing that this one replaces. */
+static int next(QcnRanks* r) {
+  return ++r->meetings > 1 && wait_for(r, 1 - r->rank, r->meetings - 1);
+}
+
+static int hand_over(QcnRanks* r, const char* x, int64_t bytes) {
+  for (int64_t at = 0; at < bytes; at += r->capacity) {
+    if (next(r)) return 1;
+    come(r, SEND, x + at, bytes - at < r->capacity ? bytes - at : r->capacity);
   }
-  return (int)parity;
+  return 0;
+}
+
+static int take(QcnRanks* r, char* y, int64_t bytes) {
+  for (int64_t at = 0; at < bytes; at += r->capacity) {
+    int64_t count = bytes - at < r->capacity ? bytes - at : r->capacity;
+    if (next(r)) return 1;
+    come(r, RECV, NULL, count);
+    if (wait_for(r, 1 - r->rank, r->meetings) || check(r, 1 - r->rank, (uint64_t)SEND << 56 | (uint64_t)count)) return 1;
+    memcpy(y + at, slot(r, 1 - r->rank, r->meetings & 1), (size_t)count);
+  }
+  return 0;
 }
 
 static int reduce(QcnRanks* r, const float* x, float* y, int64_t n) {
@@ -136,10 +170,13 @@ static int gather(QcnRanks* r, const char* x, char* y, int64_t rows, int64_t wid
   return 0;
 }
 
-/* For Python: all_reduce of n f32; all_gather of rows of `n` bytes; broadcast of n bytes of rank 0; barrier. */
+/* For Python: all_reduce of n f32; all_gather of rows of `n` bytes; broadcast of n bytes of rank 0; barrier; n bytes from or
+ * to the other of two. */
 EXPORT int qcn_ranks_collective(QcnRanks* r, int kind, const void* x, void* y, int64_t rows, int64_t n) {
   if (kind == ALL_REDUCE) return reduce(r, x, y, n);
   if (kind == ALL_GATHER) return gather(r, x, y, rows, n);
+  if (kind == SEND) return hand_over(r, x, n);
+  if (kind == RECV) return take(r, y, n);
   if (n > r->capacity) return qcn_host_set_error("a broadcast is larger than a slot"), 1;
   int parity = meet(r, kind, kind == BROADCAST && r->rank == 0 ? x : NULL, n);
   if (parity < 0) return 1;
@@ -152,6 +189,8 @@ EXPORT int qcn_ranks_launch(void* self, const QcnAny* args, int32_t n_args, QcnA
   (void)self, (void)n_args, (void)result;
   const QcnCollective* c = args[0].v.p;
   int64_t rows = ((const int32_t*)args[3].v.p)[c->rows];
+  if (c->kind == SEND) return hand_over(c->ranks, args[1].v.p, 4 * rows * c->width);
+  if (c->kind == RECV) return take(c->ranks, args[2].v.p, 4 * rows * c->width);
   if (c->kind == ALL_REDUCE) return reduce(c->ranks, args[1].v.p, args[2].v.p, rows * c->width);
   return gather(c->ranks, args[1].v.p, args[2].v.p, rows, 4 * c->width);
 }

@@ -13,12 +13,15 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_layers import MtpModel
 
 from qcn_compile.frontend.trace import build, trace_main
 from qcn_compile.ir.graph import Graph
 from qcn_compile.ir.interpret import default_inputs, run
 
 VOCABULARY = 128
+_RENAMED = {"eh_proj.weight": "fc.weight", "enorm.weight": "pre_fc_norm_embedding.weight",
+            "hnorm.weight": "pre_fc_norm_hidden.weight", "post_norm.weight": "norm.weight"}
 FAMILIES = ["qwen3_next", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_moe", "qwen3"]
 _BASE = {"vocab_size": VOCABULARY, "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4,
          "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 512}
@@ -67,6 +70,36 @@ def save(model: PreTrainedModel, folder: Path, changes: Callable[[dict[str, Tens
         changes(tensors)
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
     return folder
+
+
+def published(mtp: MtpModel) -> dict[str, Tensor]:
+    """The head's tensors under the names of the hub: one per expert."""
+    tensors: dict[str, Tensor] = {}
+    for path, value in mtp.named_parameters():
+        if not path.startswith("layers."):
+            continue
+        inner = path.removeprefix("layers.0.")
+        name = "mtp." + (_RENAMED.get(inner) or f"layers.0.{inner.removeprefix('mtp_block.')}")
+        if name.endswith("experts.gate_up_proj"):
+            for e, one in enumerate(value.data):
+                head = f"{name.removesuffix('gate_up_proj')}{e}."
+                tensors[head + "gate_proj.weight"], tensors[head + "up_proj.weight"] = (x.clone() for x in one.chunk(2))
+        elif name.endswith("experts.down_proj"):
+            for e, one in enumerate(value.data):
+                tensors[f"{name.removesuffix('down_proj')}{e}.down_proj.weight"] = one.clone()
+        else:
+            tensors[name] = value.data.clone()
+    return tensors
+
+
+def save_with_draft_head(config: PreTrainedConfig, folder: Path) -> tuple[PreTrainedModel, MtpModel, Path]:
+    """A random model and an MTP head for it, and the checkpoint that holds both."""
+    config.num_mtp_layers, config.mtp_layer_types = 1, ["full_attention"]
+    main = eager(config)
+    mtp = MtpModel(main, 1).eval()
+    randomise(mtp.layers, seed=1)
+    del main.config.num_mtp_layers, main.config.mtp_layer_types
+    return main, mtp, save(main, folder, lambda tensors: tensors.update(published(mtp)))
 
 
 def prompts(lengths: list[int], seed: int = 0) -> list[list[int]]:

@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import eager, randomise, save, tiny
+from families import eager, published, randomise, save, tiny
 from quantised import KEPT, LAYOUTS, fp8, quantise
 from safetensors.torch import load_file, save_file
-from test_mtp import published
 from transformers.modeling_layers import MtpModel
 
 from qcn_compile.errors import ModelError

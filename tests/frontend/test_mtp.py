@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from families import eager, prompts, randomise, relative, save, tiny
-from transformers.modeling_layers import MtpModel
+from families import prompts, published, relative, save, save_with_draft_head, tiny
 
 from qcn_compile.errors import ModelError
 from qcn_compile.frontend import trace_model
@@ -17,41 +16,11 @@ from qcn_compile.ir.interpret import default_inputs, run
 from qcn_compile.ir.text import print_graph
 from qcn_compile.ir.verify import verify
 
-RENAMED = {"eh_proj.weight": "fc.weight", "enorm.weight": "pre_fc_norm_embedding.weight",
-           "hnorm.weight": "pre_fc_norm_hidden.weight", "post_norm.weight": "norm.weight"}
-
-
-def published(mtp):
-    """The head's tensors under the names of the hub: one per expert."""
-    tensors = {}
-    for path, value in mtp.named_parameters():
-        if not path.startswith("layers."):
-            continue
-        inner = path.removeprefix("layers.0.")
-        name = "mtp." + (RENAMED.get(inner) or f"layers.0.{inner.removeprefix('mtp_block.')}")
-        if name.endswith("experts.gate_up_proj"):
-            for e, one in enumerate(value.data):
-                head = f"{name.removesuffix('gate_up_proj')}{e}."
-                tensors[head + "gate_proj.weight"], tensors[head + "up_proj.weight"] = (x.clone() for x in one.chunk(2))
-        elif name.endswith("experts.down_proj"):
-            for e, one in enumerate(value.data):
-                tensors[f"{name.removesuffix('down_proj')}{e}.down_proj.weight"] = one.clone()
-        else:
-            tensors[name] = value.data.clone()
-    return tensors
-
 
 @pytest.fixture(scope="module")
 def heads(tmp_path_factory):
     """transformers' main model and draft head, and the folder of a checkpoint that holds both."""
-    config = tiny("qwen3_next", num_hidden_layers=4)
-    config.num_mtp_layers, config.mtp_layer_types = 1, ["full_attention"]
-    main = eager(config)
-    mtp = MtpModel(main, 1).eval()
-    randomise(mtp.layers, seed=1)
-    del main.config.num_mtp_layers, main.config.mtp_layer_types
-    folder = save(main, tmp_path_factory.mktemp("mtp"), lambda tensors: tensors.update(published(mtp)))
-    return main, mtp, folder
+    return save_with_draft_head(tiny("qwen3_next", num_hidden_layers=4), tmp_path_factory.mktemp("mtp"))
 
 
 @pytest.fixture(scope="module")

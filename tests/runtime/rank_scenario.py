@@ -48,13 +48,37 @@ def absent(ranks: SharedMemory) -> None:
     time.sleep(3)
 
 
+def stages(ranks: SharedMemory) -> None:
+    """Two stages of two ranks: sums within, transfers between at sizes off the slot, both ways, out of step."""
+    other = (ranks.world + 2) % 4
+    for turn, count in enumerate((1, 300_001, 7, 1_000_000, 64, 64)):
+        time.sleep(0.002 * ((turn + ranks.world) % 3))
+        want = data(ranks.world // 2 * 2 + turn, (9,)) + data(ranks.world // 2 * 2 + 1 + turn, (9,))
+        np.testing.assert_allclose(ranks.all_reduce(data(ranks.world + turn, (9,))), want, rtol=0, atol=1e-6)
+        if ranks.world < 2:
+            for repeat in range(3):  # ahead of who takes them
+                ranks.send(data(ranks.world + repeat, (count,)), other)
+            assert np.array_equal(ranks.recv(np.empty(count, np.float32), other), data(other, (count,)))
+        else:
+            for repeat in range(3):
+                got = ranks.recv(np.empty(count, np.float32), other)
+                assert np.array_equal(got, data(other + repeat, (count,)))
+            ranks.send(data(ranks.world, (count,)), other)
+
+
+def cross(ranks: SharedMemory) -> None:
+    """Two stages that both wait for the other."""
+    ranks.recv(np.empty(1, np.float32), (ranks.world + 2) % 4)
+
+
 def main() -> int:
     library, file, rank, ranks, deadline, scenario = sys.argv[1:]
     parent = os.getppid() if scenario == "orphan" else 0
-    end = SharedMemory(HostLibrary(Path(library)), int(file), int(rank), int(ranks), float(deadline), parent)
+    end = SharedMemory(HostLibrary(Path(library)), int(file), int(rank), int(ranks), float(deadline), parent,
+                       2 if scenario in ("stages", "cross") else None)
     try:
-        {"values": values, "same_bits": same_bits, "different": different, "absent": absent,
-         "orphan": lambda e: e.barrier()}[scenario](end)
+        {"values": values, "same_bits": same_bits, "different": different, "absent": absent, "stages": stages,
+         "cross": cross, "orphan": lambda e: e.barrier()}[scenario](end)
     except DeviceError as error:
         print(error)
         return 7

@@ -26,7 +26,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def start(library: Path, ranks: int, scenario: str, deadline: float = 20, only: list[int] | None = None
           ) -> list[subprocess.Popen[str]]:
-    file = room(HostLibrary(library), ranks)
+    file = room(HostLibrary(library), ranks, 2 if scenario in ("stages", "cross") else None)
     try:
         return [subprocess.Popen([sys.executable, str(SCRIPT), str(library), str(file), str(rank), str(ranks),
                                   str(deadline), scenario], pass_fds=[file], stdout=subprocess.PIPE, text=True)
@@ -40,7 +40,7 @@ def ends(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str]]:
     return [(process.returncode, text) for process, text in zip(processes, texts, strict=True)]
 
 
-@pytest.mark.parametrize(("scenario", "ranks"), [("values", 2), ("values", 5), ("same_bits", 3)])
+@pytest.mark.parametrize(("scenario", "ranks"), [("values", 2), ("values", 5), ("same_bits", 3), ("stages", 4)])
 def test_values(library: Path, scenario: str, ranks: int) -> None:
     assert ends(start(library, ranks, scenario)) == [(0, "")] * ranks
 
@@ -48,6 +48,12 @@ def test_values(library: Path, scenario: str, ranks: int) -> None:
 def test_ranks_in_different_collectives_end(library: Path) -> None:
     for code, text in ends(start(library, 3, "different")):
         assert (code, text) == (7, "the ranks came to different collectives: their plans do not belong together")
+
+
+def test_stages_that_wait_for_each_other_end(library: Path) -> None:
+    for code, text in ends(start(library, 4, "cross", deadline=1)):
+        assert (code, text) in [(7, f"rank {other} did not come to collective 1 within 1 s") for other in (0, 1)] or (
+            code, text) == (7, "the ranks came to different collectives: their plans do not belong together")
 
 
 def test_a_rank_that_does_not_come_ends_the_others(library: Path) -> None:

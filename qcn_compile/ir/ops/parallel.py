@@ -1,7 +1,8 @@
 """Rows for the graph of one rank of several: collectives, and the experts that a rank holds.
 
 A collective's reference takes the operand of every rank, in order, and returns every rank's result;
-`interpret.run_ranks` calls it when all ranks have come to it.
+`interpret.run_ranks` calls it when all ranks have come to it. The ranks of a sum or gather are those of one stage of a
+pipeline; `send` and `recv` are between two ranks, counted over all stages.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from qcn_compile.ir.optable import op, same
-from qcn_compile.ir.types import DType, TensorType
+from qcn_compile.ir.types import DType, Sym, TensorType
 
 
 @op("all_reduce", "x", ranks=int, infer=same(), collective=True)
@@ -28,6 +29,22 @@ def _gathered(x: TensorType, *, ranks: int) -> TensorType:
 def all_gather(xs: list[Tensor], *, ranks: int) -> list[Tensor]:
     """The columns of rank 0, then those of rank 1, and so on, on every rank. x [T, W] -> [T, ranks*W]."""
     return [torch.cat(xs, -1)] * ranks
+
+
+@op("send", "x", to=int, infer=same(), collective=True)
+def send(xs: list[Tensor], *, to: int) -> list[Tensor]:
+    """y = x, which rank `to` gets where it comes to `recv`. x [T, W] or [R, W]."""
+    return xs
+
+
+def _received(_: TensorType, *, rows: str, width: int, dtype: DType, **__: object) -> TensorType:
+    return TensorType(dtype, (Sym(rows), width))
+
+
+@op("recv", "after", source=int, rows=str, width=int, dtype=DType, infer=_received, collective=True)
+def recv(xs: list[Tensor], *, source: int, rows: str, width: int, dtype: DType) -> list[Tensor]:
+    """What rank `source` sends: y [rows, width], rows "T" or "R". `after` only says what must have come before."""
+    return xs
 
 
 def _local(ids: TensorType, weights: TensorType, **_: object) -> tuple[TensorType, TensorType]:

@@ -26,7 +26,8 @@ class FakeNccl:
             if name == "ncclAllGather":
                 for rank in range(self.ranks):
                     ctypes.memmove(args[1].value + rank * args[2].value, args[0].value, args[2].value)
-            self.calls.append((name, args[2].value if name.startswith("ncclAll") else 0))
+            counted = {"ncclAllReduce": 2, "ncclAllGather": 2, "ncclSend": 1, "ncclRecv": 1}
+            self.calls.append((name, args[counted[name]].value if name in counted else 0))
             return 0
         if not name.startswith("nccl"):
             raise AttributeError(name)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from qcn_compile.artifact import (
     write_json,
 )
 from qcn_compile.compile import compile as compile_model
-from qcn_compile.errors import DeviceError
+from qcn_compile.errors import ArtifactError, DeviceError
 from qcn_compile.frontend.checkpoint import locate
 from qcn_compile.runtime.batch import Span
 from qcn_compile.runtime.choice import Pick
@@ -107,6 +108,53 @@ def opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     assert bool(left) is lost  # then nothing of the process may wait for the GPU
 
 
+def staged(folder: Path) -> Path:
+    """The same build as two stages: what one sends the other takes, and the logits come back."""
+    build(folder)
+    manifest = read_manifest(folder)
+    for rank, kinds in enumerate((("send", "recv"), ("recv", "send"))):
+        name = folder / f"plan/rank-{rank}/main.json"
+        plan = Plan.from_json(json.loads(name.read_text()))
+        ways = tuple(replace(plan.launches[1], kernel=kind, op=f"{kind} %x", collective=Collective(
+            kind, "bf16", rows, width, 1 - rank)) for kind, rows, width in zip(kinds, "TR", (8, WIDTH), strict=True))
+        write_json(name, replace(plan, launches=(ways[0], *plan.launches[3:], ways[1])).to_json())
+    seal(folder, replace(manifest, layout={"pp": 2}))
+    return folder
+
+
+def test_stages_send_and_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways are connected before anything is captured; then each plan is captured with its transfers."""
+    _, library = fake_ranks.install(monkeypatch.setattr)
+    monkeypatch.setattr(cuda, "__name__", "fake_ranks")
+    monkeypatch.setenv("PYTHONPATH", f"{Path(__file__).parent}:{os.environ.get('PYTHONPATH', '')}")
+    monkeypatch.setenv("FAKE_RANKS", str(tmp_path / "rank-1.json"))
+    folder = staged(tmp_path / "build")
+    device, executable, _ = cuda.open_ranks_cuda(folder, read_manifest(folder), 16, 2, None)
+    try:
+        executable.run([SPAN])
+        executable.rows.read_state(1)  # when this is answered, the other has run its step
+        ways = [[name, count] for name, count in library.calls if name in ("ncclSend", "ncclRecv")]
+        assert ways == [["ncclSend", 4], ["ncclRecv", 4], ["ncclSend", 16], ["ncclRecv", 2 * WIDTH]]
+        assert [name for name, _ in library.calls].count("ncclCommInitRank") == 2  # of its stage, of all
+        log = json.loads((tmp_path / "rank-1.json").read_text())
+        theirs = [call for call in log["calls"] if call[0] in ("ncclSend", "ncclRecv")]
+        assert theirs == [[{"ncclSend": "ncclRecv", "ncclRecv": "ncclSend"}[name], count] for name, count in ways]
+        assert log["same"] and log["replays"] == 1
+    finally:
+        executable.team.close()
+        device.close()
+
+
+def test_a_send_that_nobody_takes_is_found(tmp_path: Path) -> None:
+    folder = staged(tmp_path / "build")
+    manifest = read_manifest(folder)
+    name = folder / "plan/rank-1/main.json"
+    plan = Plan.from_json(json.loads(name.read_text()))
+    write_json(name, replace(plan, launches=plan.launches[1:]).to_json())
+    with pytest.raises(ArtifactError, match=r"has 2 collectives that differ from the 1 of plan/rank-1/main\.json"):
+        check_ranks(folder, manifest.ranks, manifest.layout)
+
+
 def test_every_rank_captures_and_runs_the_same(opened: Any) -> None:
     executable, driver, library, log = opened
     configs = [config for config, _ in driver.launches]  # the small sum is a kernel; NCCL does the others, on as many
@@ -162,9 +210,9 @@ def test_too_few_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         cuda.open_ranks_cuda(folder, read_manifest(folder), 16, 2, None)
 
 
-@pytest.mark.parametrize("ep", [pytest.param(1, marks=pytest.mark.slow), 2])
-def test_every_rank_of_a_build_meets_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ep: int) -> None:
-    """All plans of two ranks of the bundled model, and the weights that each binds late, which are half of all."""
+@pytest.fixture
+def emitted(monkeypatch: pytest.MonkeyPatch) -> list[Kernel]:
+    """The kernels that builds ask for, which are not compiled."""
     kernels: list[Kernel] = []
 
     def emit(self: GpuTarget, given: list[Kernel], folder: Path, progress: object = None) -> list[str]:
@@ -174,11 +222,34 @@ def test_every_rank_of_a_build_meets_the_others(tmp_path: Path, monkeypatch: pyt
         return ["kernels.json"]
 
     monkeypatch.setattr(GpuTarget, "emit", emit)
+    return kernels
+
+
+def test_every_stage_of_a_build_has_its_layers(tmp_path: Path, emitted: list[Kernel]) -> None:
+    """2 stages of 2 ranks: collectives fit, weights that are not an edge's are in one stage, tokens chosen on all."""
+    manifest = compile_model(locate(None, "cpu").path, "h100", tmp_path / "build", quant="fp8", weights="late", tp=2,
+                             pp=2).manifest
+    assert all(kernel.family in FAMILIES and kernel.params for kernel in emitted)
+    check_ranks(tmp_path / "build", manifest.ranks, manifest.layout)
+    plans = [read_plan(tmp_path / "build", part.plans[0]) for part in manifest.ranks]
+    met = [[launch.collective.kind for launch in plan.launches if launch.collective] for plan in plans]
+    half = int(manifest.model["config"]["num_hidden_layers"])  # two sums a layer
+    assert met[0] == met[1] == ["all_reduce"] * (half + 1) + ["send", "recv"]
+    assert met[2] == met[3] == ["recv"] + ["all_reduce"] * half + ["all_gather", "send"]
+    assert all(any(launch.op.startswith("sample") for launch in plan.launches) for plan in plans)
+    names = [set(part.weights["recipes"]) for part in manifest.ranks]
+    sizes = [sum(sum(row["parts"].values()) for row in part.weights["recipes"].values()) for part in manifest.ranks]
+    assert len(names) == 4 and max(sizes) < 0.36 * int(manifest.decisions["weight_bytes"])
+
+
+@pytest.mark.parametrize("ep", [pytest.param(1, marks=pytest.mark.slow), 2])
+def test_every_rank_of_a_build_meets_the_others(tmp_path: Path, emitted: list[Kernel], ep: int) -> None:
+    """All plans of two ranks of the bundled model, and the weights that each binds late, which are half of all."""
     model = locate(None, "cpu").path
     assert model is not None
     manifest = compile_model(model, "h100", tmp_path / "build", quant="fp8", weights="late", tp=2, ep=ep).manifest
-    assert all(kernel.family in FAMILIES and kernel.params for kernel in kernels)  # NCCL's own have no parameters
-    check_ranks(tmp_path / "build", manifest.ranks)
+    assert all(kernel.family in FAMILIES and kernel.params for kernel in emitted)  # NCCL's own have no parameters
+    check_ranks(tmp_path / "build", manifest.ranks, manifest.layout)
     plan = read_plan(tmp_path / "build", manifest.of_rank(1).plans[0])
     layers = int(manifest.model["config"]["num_hidden_layers"])
     assert sum(launch.collective is not None for launch in plan.launches) == 2 * layers + 2
