@@ -26,7 +26,7 @@ def directives(text: str, key: str) -> list[str]:
 
 
 def ranks(text: str) -> dict[str, int]:
-    """Options of `// RANKS: tp=4,ep=2`."""
+    """Options of `// RANKS: tp=4,ep=2`, or of `// RANKS: pp=2` for stages."""
     given = directives(text, "RANKS")
     return {key: int(n) for key, n in (item.split("=") for item in given[0].split(","))} if given else {}
 
@@ -94,7 +94,8 @@ def test_case(path: Path) -> None:
         assert any(e.rule == name and not e.reason for _, e in context.log), (name, context.log)
     for reason in directives(text, "REFUSED"):
         assert any(reason in e.reason for _, e in context.log), (reason, context.log)
-    others = [optimise(text, PassContext(), rank=rank, **many) for rank in range(1, many.get("tp", 1))]
+    which, count = ("stage", many["pp"]) if "pp" in many else ("rank", many.get("tp", 1))
+    others = [optimise(text, PassContext(), **{which: number}, **many) for number in range(1, count)]
     same_numbers(parse_graph(text), [after, *others], float((directives(text, "TOLERANCE") or ["0"])[0]))
 
 
