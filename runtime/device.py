@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import platform
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -20,7 +21,9 @@ ANY = np.dtype([("type_index", "<i4"), ("padding", "<i4"), ("pointer", "<u8")])
 LAUNCH = np.dtype([("function", "<u8"), ("args", "<u8"), ("n_args", "<i4"), ("reserved", "<i4")])
 CPUINFO = Path("/proc/cpuinfo")
 PROCESSOR_FLAGS = {"avx2": ("avx2", "fma", "f16c"), "avx512": ("avx512f", "avx512bw", "avx512vl", "avx512dq"),
-                   "vnni": ("avx512_vnni",), "avxvnni": ("avx_vnni",)}  # features of a manifest -> flags of Linux
+                   "vnni": ("avx512_vnni",), "avxvnni": ("avx_vnni",),
+                   "neon": ("asimd",), "dotprod": ("asimddp",)}  # features of a manifest -> flags of Linux
+ARM_FLAGS, HWCAP = {1: "asimd", 20: "asimddp"}, 16  # bits of Linux's AT_HWCAP on 64-bit Arm
 _NO_RESERVE = 0x4000  # MAP_NORESERVE of Linux: caches are reserved whole and touched as they fill
 
 
@@ -70,7 +73,10 @@ def check_processor(target: Mapping[str, Any]) -> None:
 
 
 def processor_flags() -> frozenset[str]:
-    """Flags of this processor as Linux lists them; empty where it lists none."""
+    """Flags of this processor as Linux names them; empty where it tells none."""
+    if platform.machine() == "aarch64":
+        bits = ctypes.CDLL(None).getauxval(ctypes.c_ulong(HWCAP))
+        return frozenset(flag for bit, flag in ARM_FLAGS.items() if bits >> bit & 1)
     lines = CPUINFO.read_text(encoding="utf-8").splitlines() if CPUINFO.is_file() else []
     return next((frozenset(line.split(":")[1].split()) for line in lines if line.startswith("flags")), frozenset())
 

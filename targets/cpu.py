@@ -1,4 +1,4 @@
-"""The CPU target: x86-64 through TVM and LLVM, fp32 activations, weights in f32, bf16, int8 or int4."""
+"""The CPU target: x86-64 and 64-bit Arm through TVM and LLVM, fp32 activations, weights in f32, bf16, int8 or int4."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ class CpuTarget:
     def lower(self, op: Op, operands: Sequence[Operand | None], results: Sequence[TensorType],
               bucket: Bucket) -> list[Call]:
         """The kernel calls that compute `op`. Raises LoweringError naming the op, its location and the cure."""
-        avx2 = "avx2" in self.hardware.features
-        return lowering.lower(Site(op, operands, results, bucket, self.page_size, avx2))
+        int8 = not {"avx2", "neon"}.isdisjoint(self.hardware.features)
+        return lowering.lower(Site(op, operands, results, bucket, self.page_size, int8))
 
     def pack(self, layout: str, encoding: Encoding, weight: Weight) -> dict[str, np.ndarray]:
         """A weight in the kernel's layout: part name -> 1-D array."""

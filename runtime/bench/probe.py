@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -25,10 +25,10 @@ SIDE = 768  # of the square matrices
 ROUNDS = 5
 
 
-def roof(threads: int) -> dict[str, float]:
-    """{"read": GB/s, "flops": GFLOP/s} with that many threads, measured in a process of its own."""
+def roof(threads: int, under: Sequence[str] = ()) -> dict[str, float]:
+    """{"read": GB/s, "flops": GFLOP/s} with that many threads, measured in a process of its own, `under` a command."""
     single = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-    done = subprocess.run([sys.executable, "-m", __name__, str(threads)], env={**os.environ, **single},
+    done = subprocess.run([*under, sys.executable, "-m", __name__, str(threads)], env={**os.environ, **single},
                           capture_output=True, text=True, check=False)
     if done.returncode:
         raise DeviceError(f"the machine's limits could not be measured: {done.stderr.strip()[-300:]}")

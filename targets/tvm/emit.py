@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import os
+import platform
 import shlex
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from qcn_compile.errors import LoweringError
 from qcn_compile.targets.base import Kernel
 from qcn_compile.targets.spec import Hardware
-from qcn_compile.targets.tvm.processor import llvm_name, llvm_target, variants
+from qcn_compile.targets.tvm.processor import llvm_name, llvm_target, machine, variants
 
 HERE = Path(__file__).parent
 HOST, KERNELS = "libqcnhost.so", "libkernels.so"
@@ -27,7 +30,7 @@ def emit(kernels: Sequence[Kernel], folder: Path, chip: Hardware, progress: Prog
     """Write the libraries, host.c and source/<kernel>.py under `folder`; returns the libraries: the host's, those of
     the chip's variants, which hold the kernels with int8 activations only, and that of all kernels."""
     (folder / "source").mkdir(parents=True, exist_ok=True)
-    build_host(folder)
+    build_host(folder, machine(chip))
     ordered = sorted(set(kernels), key=lambda kernel: kernel.symbol)
     integer = [kernel for kernel in ordered if dict(kernel.params).get("act") == "int8"]
     parts = [(variant_library(name), other, integer) for name, other in variants(chip).items() if integer]
@@ -61,7 +64,8 @@ def link(kernels: Sequence[Kernel], library: Path, chip: Hardware, sources: Path
             objects.append(f"{done}.o")
             compiled([function], chip).write_to_file(str(Path(scratch) / objects[-1]))
             tell(done)
-        run_compiler(["-O2", *LINK, "-o", str(library.resolve()), *objects, "glue.c", "-lm"], scratch)
+        run_compiler(["-O2", *LINK, "-o", str(library.resolve()), *objects, "glue.c", "-lm"], scratch,
+                     machine(chip))
 
 
 def kernel_function(kernel: Kernel, chip: Hardware) -> Any:
@@ -80,27 +84,37 @@ def compiled(functions: Sequence[Any], chip: Hardware) -> Any:
     return tvm.compile(module, llvm_target(llvm_name(chip), chip.features, chip.vendor)).mod
 
 
-def build_host(folder: Path) -> None:
-    """host.c and ranks.c, and the library made from them."""
+def build_host(folder: Path, machine_: str = platform.machine()) -> None:
+    """host.c and ranks.c, and the library made from them, for this machine or another."""
     for name in HOST_SOURCES:
         shutil.copyfile(HERE / name, folder / name)
     flags = ["-O2", "-std=gnu11", "-fvisibility=hidden", *LINK, "-o", HOST, *HOST_SOURCES, "-lpthread", "-ldl"]
-    run_compiler(flags, str(folder))
+    run_compiler(flags, str(folder), machine_)
 
 
-def compiler() -> list[str]:
-    """The C compiler: $CC, gcc or cc."""
+def compiler(machine_: str) -> list[str]:
+    """The C compiler for a machine as uname -m names it: $CC; gcc, cc or clang here; elsewhere gcc's or zig's cross
+    compiler. Raises LoweringError that says what to install."""
     if command := shlex.split(os.environ.get("CC", "")):
         return command
-    for name in ("gcc", "cc", "clang"):
-        if shutil.which(name):
-            return [name]
-    raise LoweringError("no C compiler found to link the kernels; install gcc or clang, or set CC")
+    if machine_ == platform.machine():
+        found = next((name for name in ("gcc", "cc", "clang") if shutil.which(name)), None)
+        if found is None:
+            raise LoweringError("no C compiler found to link the kernels; install gcc or clang, or set CC")
+        return [found]
+    if shutil.which(gcc := f"{machine_}-linux-gnu-gcc"):
+        return [gcc]
+    zig = [sys.executable, "-m", "ziglang"] if find_spec("ziglang") else ["zig"] if shutil.which("zig") else None
+    if zig:
+        return [*zig, "cc", "-target", f"{machine_}-linux-gnu"]
+    raise LoweringError(f"no C compiler here links for {machine_}; install {gcc} (Debian, Ubuntu: apt install "
+                        f"gcc-{machine_.replace('_', '-')}-linux-gnu) or zig (pip install ziglang), "
+                        "or set CC to another cross compiler")
 
 
-def run_compiler(arguments: Sequence[str], folder: str) -> None:
+def run_compiler(arguments: Sequence[str], folder: str, machine_: str) -> None:
     """Run the C compiler in `folder`. Raises LoweringError with its last words."""
-    command = [*compiler(), *arguments]
+    command = [*compiler(machine_), *arguments]
     try:
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     except OSError as error:

@@ -25,10 +25,18 @@
 #define FLUSH_DENORMALS 0x8040u /* FTZ | DAZ: a fading DeltaNet state must not turn slow */
 static unsigned fp_enter(void) { unsigned old = _mm_getcsr(); _mm_setcsr(old | FLUSH_DENORMALS); return old; }
 static void fp_leave(unsigned old) { _mm_setcsr(old); }
+#elif defined(__aarch64__)
+#define RELAX() __asm__ __volatile__("yield" ::: "memory")
+#define FLUSH_DENORMALS (1u << 24) /* FPCR.FZ */
+static unsigned fp_enter(void) {
+  uint64_t old;
+  __asm__ __volatile__("mrs %0, fpcr" : "=r"(old));
+  __asm__ __volatile__("msr fpcr, %0" :: "r"(old | FLUSH_DENORMALS));
+  return (unsigned)old;
+}
+static void fp_leave(unsigned old) { __asm__ __volatile__("msr fpcr, %0" :: "r"((uint64_t)old)); }
 #else
-#define RELAX() __asm__ __volatile__("" ::: "memory")
-static unsigned fp_enter(void) { return 0; }
-static void fp_leave(unsigned old) { (void)old; }
+#error "qcn_host knows x86-64 and 64-bit Arm"
 #endif
 
 #define MAX_THREADS 512

@@ -16,10 +16,15 @@ NEEDS = {  # our feature -> flags of /proc/cpuinfo, and LLVM's names of the same
     "avx512": (("avx512f", "avx512bw", "avx512vl", "avx512dq"), ("avx512f", "avx512bw", "avx512vl", "avx512dq")),
     "vnni": (("avx512_vnni",), ("avx512vnni",)),
     "avxvnni": (("avx_vnni",), ("avxvnni",)),
+    "neon": (("asimd",), ("neon",)),
+    "dotprod": (("asimddp",), ("dotprod",)),
 }
-PORTABLE = "portable"  # --mcpu: AVX2, and the products with int8 activations for these as well, chosen when loaded
-VARIANTS = {"avx512vnni": ("x86-64-v4", ("avx2", "avx512", "vnni")), "avxvnni": ("x86-64-v3", ("avx2", "avxvnni"))}
-TRIPLES = {"arm": "aarch64-unknown-linux-gnu"}
+PORTABLE = "portable"  # --mcpu: AVX2 kernels, and those of VARIANTS
+VARIANTS = {  # level -> what its builds have the products with int8 activations for as well, chosen when loaded
+    PORTABLE: {"avx512vnni": ("x86-64-v4", ("avx2", "avx512", "vnni")), "avxvnni": ("x86-64-v3", ("avx2", "avxvnni"))},
+    "arm64": {"dotprod": ("generic", ("neon", "dotprod"))},
+}
+MACHINES = {"arm": "aarch64"}  # vendor -> what uname -m says there; else x86_64
 
 
 def resolve(mcpu: str | None) -> Hardware:
@@ -34,15 +39,15 @@ def resolve(mcpu: str | None) -> Hardware:
         raise UsageError(f"--mcpu {mcpu}: no kernels are written for {found.vendor} processors yet, so it cannot be "
                          "built; --plan-only tells what it would hold and take")
     if found is not None and found.kind == "cpu":
-        return replace(found, name=mcpu, mcpu=mcpu)
+        return replace(found, name=mcpu, mcpu=found.mcpu if found.vendor == "arm" else mcpu)
     return _from_llvm(mcpu)
 
 
 @cache
 def _host() -> Hardware:
     if platform.machine() not in ("x86_64", "AMD64"):
-        raise LoweringError(f"this machine is {platform.machine()}: the CPU target compiles for x86-64; "
-                            "name a processor with --mcpu, for example x86-64-v3, to build for another machine")
+        raise LoweringError(f"this machine is {platform.machine()}: only x86-64 processors are recognised; name yours "
+                            "with --mcpu, for example arm64 or neoverse-v2 (or x86-64-v3, for another machine)")
     text = CPUINFO.read_text(encoding="utf-8") if CPUINFO.is_file() else ""
     flags = next((set(line.split(":")[1].split()) for line in text.splitlines() if line.startswith("flags")), set())
     features = tuple(name for name, (wanted, _) in NEEDS.items() if flags.issuperset(wanted))
@@ -77,9 +82,13 @@ def llvm_name(chip: Hardware) -> str:
 
 def variants(chip: Hardware) -> dict[str, Hardware]:
     """The processors that a portable build has kernels for besides its own, the most able first."""
-    if chip.name != PORTABLE:
-        return {}
-    return {name: replace(chip, mcpu=mcpu, features=features) for name, (mcpu, features) in VARIANTS.items()}
+    return {name: replace(chip, mcpu=mcpu, features=features)
+            for name, (mcpu, features) in VARIANTS.get(chip.name, {}).items()}
+
+
+def machine(chip: Hardware) -> str:
+    """The architecture as uname -m names it: x86_64 or aarch64."""
+    return MACHINES.get(chip.vendor, "x86_64")
 
 
 def _has(mcpu: str, wanted: tuple[str, ...]) -> bool:
@@ -93,6 +102,6 @@ def llvm_target(mcpu: str, features: tuple[str, ...] = (), vendor: str = "") -> 
     import tvm
 
     attributes = [f"+{wanted}" for name in features for wanted in NEEDS.get(name, ((), (name,)))[1]]
-    triple = TRIPLES.get(vendor, "x86_64-unknown-linux-gnu")
+    triple = f"{MACHINES.get(vendor, 'x86_64')}-unknown-linux-gnu"
     return tvm.target.Target({"kind": "llvm", "mtriple": triple, "mcpu": mcpu,
                               **({"mattr": attributes} if attributes else {})})

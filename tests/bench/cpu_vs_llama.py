@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -45,8 +46,8 @@ class Side:
 class Workplace:
     """What the sides need, made once in a folder: checkpoint, llama.cpp's environment, builds, GGUF files."""
 
-    def __init__(self, folder: Path, prompt: int, new: int) -> None:
-        self.folder, self.lengths = folder, [str(prompt), str(new)]
+    def __init__(self, folder: Path, prompt: int, new: int, under: Sequence[str] = ()) -> None:
+        self.folder, self.lengths, self.under = folder, [str(prompt), str(new)], under
         folder.mkdir(parents=True, exist_ok=True)
 
     def made(self, name: str, *command: str | Path, **environment: str) -> Path:
@@ -91,7 +92,7 @@ class Workplace:
         return Side("transformers bf16", lambda threads: self._run([*command, str(threads)]))
 
     def _run(self, command: Sequence[str | Path]) -> dict[str, float]:
-        done = subprocess.run([*map(str, command), *self.lengths], capture_output=True, text=True, check=False,
+        done = subprocess.run([*self.under, *map(str, command), *self.lengths], capture_output=True, text=True, check=False,
                               cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
         if done.returncode:
             raise SystemExit(f"{command[1]} failed: {done.stderr.strip()[-500:]}")
@@ -99,13 +100,13 @@ class Workplace:
         return found
 
 
-def compare(sides: Sequence[Side], threads: int, rounds: int) -> dict[str, Any]:
-    """Rounds in turns, and a read of memory in each. The first side is ours."""
+def compare(sides: Sequence[Side], threads: int, rounds: int, under: Sequence[str] = ()) -> dict[str, Any]:
+    """Rounds in turns, and a read of memory (`under` a command) in each. The first side is ours."""
     reads = []
     for side in sides:
         side.rounds.clear()
     for _ in range(rounds):
-        reads.append(roof(threads)["read"])
+        reads.append(roof(threads, under)["read"])
         for side in sides:
             side.rounds.append(side.measure(threads))
     rows = []
@@ -141,6 +142,8 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--rounds", type=int, default=5)
     p.add_argument("--prompt", type=int, default=512)
     p.add_argument("--new", type=int, default=96)
+    p.add_argument("--under", type=shlex.split, default=[], metavar="COMMAND",
+                   help="what each timed program is started by, for example 'chrt -f 30' where other jobs run")
     p.add_argument("--folder", type=Path, help="where to work, kept for the next run; else a temporary one (12 GB)")
     p.add_argument("--json", action="store_true")
     return p.parse_args()
@@ -151,7 +154,7 @@ def main() -> None:
     args = arguments()
     with ExitStack() as stack:
         folder = args.folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="qcn-cpu-")))
-        place = Workplace(folder.absolute(), args.prompt, args.new)
+        place = Workplace(folder.absolute(), args.prompt, args.new, args.under)
         groups = []
         for format_ in args.format:
             others = {"llama.cpp": lambda f=format_: place.llama(PEERS[f]), "transformers": place.transformers}
@@ -161,7 +164,7 @@ def main() -> None:
             print(", ".join(f"{key} {value}" for key, value in about.items() if key != "threads"), flush=True)
         for threads in args.threads:
             for sides in groups:
-                found = compare(sides, threads, args.rounds)
+                found = compare(sides, threads, args.rounds, args.under)
                 print(json.dumps({**about, **found}) if args.json else "\n".join(table(found)), flush=True)
 
 

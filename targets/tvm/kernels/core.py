@@ -22,8 +22,8 @@ Expr = Any
 
 @dataclass(frozen=True)
 class Machine:
-    """What kernels may assume of the processor: SIMD lanes of f32, and the lanes of its int8 dot product (0: none),
-    x86's of unsigned with signed codes or ARM's of signed ones."""
+    """What kernels may assume of the processor: SIMD lanes of f32, the lanes of its int8 dot product (0: none), and
+    whether it is an ARM, whose dot product is of signed codes; x86's is of unsigned with signed ones."""
 
     lanes: int = 8
     dot: int = 0
@@ -32,8 +32,8 @@ class Machine:
     @staticmethod
     def of(features: Sequence[str]) -> Machine:
         """From the feature names of data/cpu.toml."""
-        if "dotprod" in features:
-            return Machine(4, 4, arm=True)
+        if "neon" in features:
+            return Machine(4, 4 if "dotprod" in features else 0, arm=True)
         lanes = 16 if "avx512" in features else 8 if "avx2" in features else 4
         return Machine(lanes, 16 if "vnni" in features else 8 if "avxvnni" in features else 0)
 

@@ -2,7 +2,7 @@
 
     acc[n] += scale_w[n, g] * (sum_k code_w[n, k] code_x[k] * scale_x[g])
 
-AVX2, both forms of VNNI and ARM's dot product compute the same integers, so all give the same bits. Where an
+AVX2, both forms of VNNI, NEON and ARM's dot product compute the same integers, so all give the same bits. Where an
 instruction wants unsigned codes, the weight is stored or made as code + zero, and `xz` = -zero * (sum of the codes of x
 in the group) takes it out again.
 """
@@ -35,7 +35,7 @@ def make_tile(a: Arrays, m: Machine, depth: int, format: str, activations: str) 
     if activations == "f32":
         return FloatTile(a, m, depth, format)
     if m.arm:
-        return ArmTile(a, depth, format, m.dot)
+        return ArmTile(a, depth, format, 4) if m.dot else NeonTile(a, depth, format, 4)
     return VnniTile(a, depth, format, m.dot) if m.dot else Avx2Tile(a, depth, format, 8)
 
 
@@ -134,6 +134,18 @@ class ArmTile(DotTile):
 
     def _product(self, sums: Expr, w: Expr, x: Expr) -> Expr:
         return T.call_llvm_pure_intrin("int32x4", "llvm.aarch64.neon.sdot.v4i32.v16i8", sums, w, x)
+
+
+class NeonTile(DotTile):
+    """ARM without SDOT: products of two rows in 16 bits, their pairs in 32 bits, neighbours of those."""
+
+    def _product(self, sums: Expr, w: Expr, x: Expr) -> Expr:
+        pairs = []
+        for half in (T.vectorlow, T.vectorhigh):
+            wide_ = T.call_llvm_pure_intrin("int16x8", "llvm.aarch64.neon.smull.v8i16", half("int8x8", w),
+                                            half("int8x8", x))
+            pairs.append(T.call_llvm_pure_intrin("int32x4", "llvm.aarch64.neon.saddlp.v4i32.v8i16", wide_))
+        return sums + T.call_llvm_pure_intrin("int32x4", "llvm.aarch64.neon.addp.v4i32", *pairs)
 
 
 class Avx2Tile(IntegerTile):

@@ -23,7 +23,7 @@ def scratch(name: str, size: int) -> Ref:
 class Site(BaseSite):
     """One op to lower, with what the target knows of its operands and of the machine."""
 
-    avx2: bool
+    int8: bool  # products with int8 activations have kernels
 
     def float_type(self, index: int) -> TensorType:
         """The type of an f32 operand."""
@@ -51,7 +51,7 @@ class Site(BaseSite):
             check(found)
         except UsageError as error:
             raise self.fail(f"operand {index}", str(error)) from None
-        if found.activations == "int8" and not self.avx2:
+        if found.activations == "int8" and not self.int8:
             raise self.fail("int8 activations need AVX2, which this processor level lacks",
                             "encode the weight with activations=f32 or choose x86-64-v3 or newer")
         return found
