@@ -80,7 +80,7 @@ def test_other_processors_compile(mcpu: str) -> None:
 @pytest.mark.parametrize(("chip", "instruction", "registers"), [
     (replace(hardware("x86-64-v3"), features=("avx2", "avxvnni")), "vpdpbusd", "%ymm"),
     (replace(hardware("x86-64-v4"), features=("avx2", "avx512", "vnni")), "vpdpbusd", "%zmm"),
-    (replace(hardware("neoverse-n1"), features=("dotprod",)), "sdot", ".4s"),
+    (hardware("neoverse-n1"), "sdot", ".4s"),
 ], ids=["avxvnni", "avx512vnni", "arm"])
 @pytest.mark.parametrize("form", ["int4", "int8"])
 def test_dot_product_instructions(chip: Hardware, instruction: str, registers: str, form: str) -> None:
