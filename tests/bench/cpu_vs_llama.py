@@ -92,8 +92,8 @@ class Workplace:
         return Side("transformers bf16", lambda threads: self._run([*command, str(threads)]))
 
     def _run(self, command: Sequence[str | Path]) -> dict[str, float]:
-        done = subprocess.run([*self.under, *map(str, command), *self.lengths], capture_output=True, text=True, check=False,
-                              cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
+        done = subprocess.run([*self.under, *map(str, command), *self.lengths], capture_output=True, text=True,
+                              check=False, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
         if done.returncode:
             raise SystemExit(f"{command[1]} failed: {done.stderr.strip()[-500:]}")
         found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
