@@ -32,7 +32,8 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--target", default="cpu", help="cpu (default), a chip of `qcn-inspect targets`, "
                      "a hardware file (.toml), or null (runs nothing)")
     top.add_argument("--mcpu", help="CPU level to build for, as LLVM names it; portable: AVX2, with VNNI kernels "
-                     "taken where the processor has it; arm64: any, with dot product kernels likewise (default: this host)")
+                     "taken where the processor has it; arm64: any, with dot product kernels likewise "
+                     "(default: this host)")
     top.add_argument("-o", "--output", default="build", help="artifact directory (default: build)")
     top.add_argument("--dtype", choices=["fp32", "bf16"], help="dtype of other weights (default: the checkpoint's)")
     top.add_argument("--quant", default="auto", metavar="NAME", help="format of the big weights: none, int8, int4, "

@@ -20,7 +20,8 @@ NEEDS = {  # our feature -> flags of /proc/cpuinfo, and LLVM's names of the same
     "dotprod": (("asimddp",), ("dotprod",)),
 }
 PORTABLE = "portable"  # --mcpu: AVX2 kernels, and those of VARIANTS
-VARIANTS = {  # level -> what its builds have the products with int8 activations for as well, chosen when loaded
+Variants = dict[str, dict[str, tuple[str, tuple[str, ...]]]]
+VARIANTS: Variants = {  # level -> what its builds have int8 products for as well, chosen when loaded
     PORTABLE: {"avx512vnni": ("x86-64-v4", ("avx2", "avx512", "vnni")), "avxvnni": ("x86-64-v3", ("avx2", "avxvnni"))},
     "arm64": {"dotprod": ("generic", ("neon", "dotprod"))},
 }
