@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from qcn_compile.ir import fp4
+from qcn_compile.ir import fp4, int4
 from qcn_compile.ir.encoding import GROUP
 from qcn_compile.ir.fp8 import BLOCK
 from qcn_compile.ir.graph import Attr, Graph, Op
@@ -27,8 +27,8 @@ VIEWS = ("slice", "reshape")
 class SelectQuantization(Pass):
     """w => encode(w){format, group, activations}.
 
-    format: none, int8, int4, fp8 or nvfp4; base: f32 or bf16. experts, dense, head: another format for a class of
-    weights; head is what makes the first output, the logits. group: values of a row that
+    format: none, int8, int4, int4-g128, fp8 or nvfp4; base: f32 or bf16. experts, dense, head: another format for a
+    class of weights; head is what makes the first output, the logits. group: values of a row that
     share a scale (0: as the format has it).
     """
 
@@ -61,7 +61,8 @@ class SelectQuantization(Pass):
         if keep is None and op.name == "embedding":
             keep = "a table look-up reads one row a token: nothing to save"
         fp8 = "fp8" in (self.format, self.dense, self.experts, self.head)
-        group = fp4.GROUP if format_ == "nvfp4" and not keep else self.group or (BLOCK if fp8 else GROUP)
+        four = {"nvfp4": fp4.GROUP, "int4-g128": int4.GROUP}.get(format_)
+        group = four if four and not keep else self.group or (BLOCK if fp8 else GROUP)
         attrs: dict[str, Attr] = {"format": self.base if keep else format_, "group": group,
                                   "activations": "f32" if keep else self.activations}
         fresh = rewriter.make("encode", [weight], attrs, op.loc, weight.name).result

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from qcn_compile.errors import ArtifactError, ModelError
-from qcn_compile.runtime import late_fp4
+from qcn_compile.runtime import late_fp4, late_int4
 from qcn_compile.runtime.late_checkpoint import BLOCK, Checkpoint, Tensor, concat, spread, values
 
 PIECE = 1 << 20  # elements of a matrix made at a time, as when weights are copied
@@ -205,13 +205,17 @@ _STEPS: dict[str, Callable[[dict[str, Any], list[Tensor]], Tensor]] = {
 }
 
 
+_FOUR: dict[str, Callable[[np.ndarray], tuple[np.ndarray, ...]]] = {
+    "nvfp4": lambda matrix: late_fp4.quantize(matrix, values()), "int4-g128": late_int4.quantize}
+
+
 def pack(layout: str, format_: str, x: Tensor) -> dict[str, np.ndarray]:
     """Part name -> bytes u8, as the GPU target packs it (targets/triton/packing.py)."""
     if layout == "vector":
         return {"w": _flat(x.wide())}
     if layout == "channels":
         return {"w": _flat(x.wide().T)}
-    if layout != "matrix" or format_ not in ("bf16", "fp8", "nvfp4"):
+    if layout != "matrix" or format_ not in ("bf16", "fp8", *_FOUR):
         raise ArtifactError(f"this qcn-run cannot pack weights as {layout} in {format_}; build again with qcn-compile")
     if format_ == "bf16":
         return {"w": _flat(x.data if x.kind == "bf16" else to_bf16(x.wide()))}
@@ -219,7 +223,7 @@ def pack(layout: str, format_: str, x: Tensor) -> dict[str, np.ndarray]:
         return {"w": _flat(x.data), "s": _flat(x.scales)}
     wide = x.wide()
     matrices = wide if wide.ndim > 2 else wide[None]
-    done = [late_fp4.quantize(m, values()) if format_ == "nvfp4" else quantize(m) for m in matrices]
+    done = [_FOUR.get(format_, quantize)(matrix) for matrix in matrices]
     return {part: _flat(np.stack(made)) for part, made in zip("wsg", zip(*done, strict=True), strict=False)}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from qcn_compile.errors import UsageError
 
 _CPU = ("none", "int8", "int4-experts", "int4")
-QUANTS = {"cpu": _CPU, "null": _CPU, "gpu": ("none", "fp8", "nvfp4")}
+QUANTS = {"cpu": _CPU, "null": _CPU, "gpu": ("none", "fp8", "int4-experts", "nvfp4")}
 DTYPES = {"fp32": "f32", "bf16": "bf16"}
 
 

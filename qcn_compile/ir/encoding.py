@@ -9,6 +9,7 @@ kernel multiplies with, so it is the reference of every quantised kernel and of 
     bf16   codes are bit patterns, rounded to nearest even; no scales
     fp8    e4m3 codes, one f32 scale per block of 128 x 128 (GPU; see `fp8`)
     nvfp4  e2m1 codes, one e4m3 scale per 16 of a row, one f32 scale per matrix (GPU; see `fp4`)
+    int4-g128  int4 with a scale for 128 (GPU; see `int4`)
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 from qcn_compile.errors import UsageError
-from qcn_compile.ir import fp4, fp8
+from qcn_compile.ir import fp4, fp8, int4
 
 
 @dataclass(frozen=True)
@@ -142,6 +143,8 @@ def dequantize(codes: np.ndarray, scales: np.ndarray | None, encoding: Encoding,
 
 def encode(w: Weight, encoding: Encoding) -> np.ndarray:
     """The weight as kernels see it: dequantize(quantize(w))."""
+    if encoding.format == "int4-g128":
+        return int4.dequantize(*int4.quantize(wide(w)), w.size if isinstance(w, Coded) else w.shape[-1])
     if encoding.format == "nvfp4":
         return fp4.dequantize(*fp4.quantize(wide(w)), w.size if isinstance(w, Coded) else w.shape[-1])
     codes, scales = quantize(w, encoding)

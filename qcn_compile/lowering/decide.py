@@ -130,7 +130,7 @@ def _base(config: Mapping[str, Any], target: Target, dtype: str | None) -> tuple
 def _format(quant: str, elements: int, target: Target) -> tuple[str, str]:
     """(scheme, why) without a planner: few bits for big models."""
     if quant != "auto":
-        known = ("bf16", "fp8", "nvfp4") if target.kind == "gpu" else ("f32", "bf16", "int8", "int4")
+        known = ("bf16", "fp8", "int4-g128", "nvfp4") if target.kind == "gpu" else ("f32", "bf16", "int8", "int4")
         if not set(scheme_of(quant, "gpu" if target.kind == "gpu" else "cpu").formats) <= set(known):
             raise UsageError(f"--quant {quant}: no kernels are written for it; {target.name} reads {', '.join(known)}")
         return quant, "asked for with --quant"

@@ -177,4 +177,5 @@ def _state_traffic(op: Op, states: dict[str, StateType], bucket: Bucket) -> int:
 def stored_fraction(encoding: Encoding) -> float:
     """Stored bytes per fp32 byte, scales included."""
     return {"f32": 1.0, "bf16": 0.5, "fp8": (8 + 32 / 128**2) / 32, "int8": (8 + 16 / encoding.group) / 32,
-            "int4": (4 + 16 / encoding.group) / 32, "nvfp4": (4 + 8 / 16) / 32}[encoding.format]
+            "int4": (4 + 16 / encoding.group) / 32, "nvfp4": (4 + 8 / 16) / 32,
+            "int4-g128": (4 + 16 / 128) / 32}[encoding.format]

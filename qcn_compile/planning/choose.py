@@ -21,9 +21,9 @@ FILL = 8192  # tokens of context that times are predicted at, less where the con
 BUDGET = {"gpu": 0.05, "cpu": 0.12}  # relative error of a weight that a choice may cost: a CPU gains most from 4 bits
 SMALL = 256 << 20  # bytes in bf16 up to which a model gains nothing from quantisation that a user would notice
 SLOTS = 16  # states of running requests that a server asks for by default
-KERNELS = {"triton": ("bf16", "fp8", "nvfp4"), "tvm": ("f32", "bf16", "int8", "int4"), "": ()}
+KERNELS = {"triton": ("bf16", "fp8", "int4-g128", "nvfp4"), "tvm": ("f32", "bf16", "int8", "int4"), "": ()}
 """Formats that kernels are written for, by backend."""
-EXPERTS = ("nvfp4",)  # of those, the ones that only the experts' kernels read
+EXPERTS = ("int4-g128", "nvfp4")  # of those, the ones that only the experts' kernels read
 
 
 @dataclass(frozen=True)

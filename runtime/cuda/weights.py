@@ -213,6 +213,8 @@ def filling(kind: str, nbytes: int) -> np.ndarray:
         return rng.integers(0, 256, nbytes, np.uint8)
     if kind == "e4m3":
         return np.full(nbytes, 0x58, np.uint8)  # 16
+    if kind == "f16":
+        return np.full(nbytes // 2, -4e-3, np.float16).view(np.uint8)
     if kind == "scale":
         return np.full(nbytes // 4, 2e-4, np.float32).view(np.uint8)
     if kind == "bf16":

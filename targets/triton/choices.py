@@ -23,9 +23,9 @@ def table() -> dict[str, Any]:
 
 
 def cuts_for(card: str) -> Cuts:
-    """The one cut of every role where the card was measured, else all candidates."""
-    candidates, measured = table()["candidates"], table()["measured"].get(card)
-    return {role: [measured[role]] if measured else cuts for role, cuts in candidates.items()}
+    """The one cut of every role that was measured on the card, all candidates of the others."""
+    measured = table()["measured"].get(card, {})
+    return {role: [measured[role]] if role in measured else cuts for role, cuts in table()["candidates"].items()}
 
 
 def varied(cuts: Cuts, role: str, make: Callable[[Cut], Call]) -> Call:

@@ -30,7 +30,7 @@ from qcn_compile.targets.spec import Hardware
 from qcn_compile.targets.triton.families import FAMILIES, PACKAGE, Family, constants, options
 
 INDEX = "kernels.json"
-TYPES = {"bf16": "*bf16", "f32": "*fp32", "i32": "*i32", "i64": "*i64", "fp8": "*fp8e4nv", "u8": "*u8"}
+TYPES = {"bf16": "*bf16", "f32": "*fp32", "i32": "*i32", "i64": "*i64", "fp8": "*fp8e4nv", "u8": "*u8", "f16": "*fp16"}
 FIRST_PDL = 90  # programmatic dependent launch starts with this architecture, as do e4m3 registers
 _RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)")
 AMD = "amd"

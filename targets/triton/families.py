@@ -18,7 +18,7 @@ from qcn_compile.targets.files import import_file
 
 PACKAGE = "qcn_compile.targets.triton.kernels"
 OPTIONS = ("WARPS", "STAGES", "REGISTERS")
-ITEMSIZE = {"bf16": 2, "f32": 4, "i32": 4, "i64": 8, "fp8": 1, "u8": 1}
+ITEMSIZE = {"bf16": 2, "f16": 2, "f32": 4, "i32": 4, "i64": 8, "fp8": 1, "u8": 1}
 _POINTER = re.compile(r"(\w+)(~?)(?:\?(\w+))?:(\{(\w+)\}|\w+)$")
 _BATCH = "token_seq:i32 cu:i32 context_lens:i32 block_table:i32 counts:i32"
 _SPANS = "cu:i32 context_lens:i32 slots:i32 counts:i32"
@@ -27,7 +27,7 @@ _MOVES = "cu:i32 context_lens:i32 slots:i32 into:i32 counts:i32"
 
 @dataclass(frozen=True)
 class Pointer:
-    """A pointer argument: its name, element type (bf16, f32, i32, fp8 or u8) and whether it starts at 16 bytes."""
+    """A pointer argument: its name, element type (bf16, f16, f32, i32, fp8 or u8) and whether it starts at 16 bytes."""
 
     name: str
     dtype: str
@@ -71,7 +71,7 @@ class Family:
 _LOGITS = "logits:{X} choice:i32 history:i32 bias:f32 allowed:i32"
 _SORTED = "order:i32 owner:i32 found:i32 first:i32"
 _TILED = f"{_SORTED} w:{{W}} s?SCALED:f32"
-_FOUR = "w:u8 s:fp8 g:f32"
+_FOUR = "w:u8 s:{S} g?WHOLE:f32"
 FAMILIES = {
     "embedding": Family("rows", "ids:i32 last:i32 w:bf16 y:bf16 counts:i32"),
     "gather_rows": Family("rows", "x:bf16 rows:i32 y:bf16 counts:i32"),
@@ -104,6 +104,8 @@ FAMILIES = {
     "moe_combine": Family("moe_tiles", "o:bf16 weights:f32 r?ADD:bf16 y:bf16 counts:i32"),
     "four_up": Family("four", f"x:bf16 ids:i32 {_FOUR} h:bf16 counts:i32"),
     "four_down": Family("four", f"h:bf16 ids:i32 weights:f32 {_FOUR} r?ADD:bf16 y:bf16 counts:i32"),
+    "four_up_one": Family("four_one", f"x:i32 ids:i32 {_FOUR} h:bf16"),
+    "four_down_one": Family("four_one", f"h:i32 ids:i32 weights:f32 {_FOUR} r?ADD:bf16 y:bf16"),
     "four_up_tiles": Family("four", f"x:bf16 {_SORTED} {_FOUR} h:bf16 counts:i32"),
     "four_down_tiles": Family("four", f"h:bf16 {_SORTED} {_FOUR} o:bf16 counts:i32"),
     "delta_step": Family("delta", "x:bf16 z:bf16 b~:bf16 a~:bf16 conv_w:f32 decay:f32 dt_bias:f32 norm_w:f32 "
@@ -134,7 +136,8 @@ FAMILIES = {
     "attention_prefill": Family("attention_prefill", "q:bf16 gate?GATE:bf16 y:bf16 keys:{KV} values:{KV} "
                                                      f"{_BATCH}"),
 }
-HIDDEN = ("W", "KV", "ST", "A", "B", "X", "Y", "R", "ADDEND")  # parameters that only say what a pointer is
+# parameters that only say what a pointer is
+HIDDEN = ("W", "S", "WHOLE", "KV", "ST", "A", "B", "X", "Y", "R", "ADDEND")
 
 
 def options(kernel: Kernel) -> dict[str, int]:

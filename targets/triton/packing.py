@@ -2,7 +2,8 @@
 
     matrix    w: bf16 bits or e4m3 codes, row-major as in the checkpoint ([N, K], experts stacked [E, N, K]);
               s (fp8 only): f32 [ceil(N/128), ceil(K/128)], stacked likewise;
-              nvfp4: w two codes a byte, s e4m3 [N, ceil(K/16)], g one f32 a matrix (see ir/fp4.py)
+              nvfp4: w two codes a byte, s e4m3 [N, ceil(K/16)], g one f32 a matrix (see ir/fp4.py);
+              int4-g128: w two codes a byte, s f16 [N, ceil(K/128)] (see ir/int4.py)
     vector    w: f32
     channels  w: f32 [W, C], the taps of a convolution
     rope      w: f32 [R/2 + 1], rotary frequencies and a factor of cos and sin, 1
@@ -15,7 +16,7 @@ from math import prod
 import numpy as np
 
 from qcn_compile.errors import LoweringError
-from qcn_compile.ir import fp4
+from qcn_compile.ir import fp4, int4
 from qcn_compile.ir.encoding import Encoding, Weight, quantize, to_bf16, wide
 from qcn_compile.ir.fp8 import BLOCK
 
@@ -34,6 +35,8 @@ def pack(layout: str, encoding: Encoding, weight: Weight) -> dict[str, np.ndarra
         raise LoweringError(f"no weight layout named {layout!r}; the GPU targets pack {', '.join(LAYOUTS)}")
     if encoding.format == "bf16":
         return {"w": to_bf16(weight).reshape(-1)}
+    if encoding.format == "int4-g128":
+        return {part: x.reshape(-1) for part, x in zip("ws", int4.quantize(wide(weight)), strict=True)}
     if encoding.format == "nvfp4":
         return {part: x.reshape(-1) for part, x in zip("wsg", fp4.quantize(wide(weight)), strict=True)}
     codes, scales = quantize(weight, encoding)
@@ -54,6 +57,9 @@ def sizes(layout: str, encoding: Encoding, shape: tuple[int, ...]) -> dict[str, 
         return {"w": ("f32", 4 * (prod(shape) + min(prod(shape), 1)))}
     if encoding.format == "bf16":
         return {"w": ("bf16", 2 * prod(shape))}
+    if encoding.format == "int4-g128":
+        groups = prod(shape[:-1]) * -(-shape[-1] // int4.GROUP)
+        return {"w": ("fp4", groups * int4.GROUP // 2), "s": ("f16", 2 * groups)}
     if encoding.format == "nvfp4":
         groups = prod(shape[:-1]) * -(-shape[-1] // fp4.GROUP)
         matrices = prod(shape[:-2]) * min(shape[-2], 1)

@@ -34,7 +34,7 @@ def experts(site: Site) -> list[Call]:
         return sorted_experts(site, _sizes(site, 1), _weights(site, 4), _weights(site, 5))
     site.activation(0)
     encoding = site.operand(3).encoding
-    if encoding is not None and encoding.format == "nvfp4":
+    if encoding is not None and encoding.format in four.KINDS:
         return four.experts(site, _sizes(site))
     if site.bucket.tokens == 1:
         return single.experts(site)

@@ -92,17 +92,17 @@ class Site(BaseSite):
             raise self.fail(f"operand {index} is no weight", "only weights of the checkpoint can be multiplied with")
         if encoding.format not in ("bf16", "fp8"):
             raise self.fail(f"operand {index} is stored in {encoding.format}",
-                            "GPU kernels read bf16 and fp8, those of experts nvfp4 too")
+                            "GPU kernels read bf16 and fp8, those of experts int4 and nvfp4 too")
         parts = ("w", "s") if encoding.format == "fp8" else ("w",)
         return encoding, [Ref("blob", index=index, layout="matrix", part=part) for part in parts]
 
     def four(self, index: int) -> list[Ref]:
-        """The parts of an NVFP4 weight: codes, scales, the scale of a matrix."""
-        encoding = self.operand(index).encoding
-        if encoding is None or encoding.format != "nvfp4":
-            raise self.fail(f"operand {index} is not stored in nvfp4 as the other one is",
-                            "store both weights of the experts alike")
-        return [Ref("blob", index=index, layout="matrix", part=part) for part in ("w", "s", "g")]
+        """The parts of a weight of four bits: codes, scales and, with NVFP4, the scale of a matrix."""
+        encoding, first = self.operand(index).encoding, self.operand(3).encoding
+        if encoding is None or first is None or encoding.format != first.format:
+            raise self.fail(f"operand {index} is not stored as operand 3 is", "store both weights of the experts alike")
+        parts = ("w", "s", "g") if encoding.format == "nvfp4" else ("w", "s")
+        return [Ref("blob", index=index, layout="matrix", part=part) for part in parts]
 
     def rows(self, shape: Sequence[Dim]) -> dict[str, Param]:
         """Kernel parameters ROWS and TIMES of a leading axis."""

@@ -9,6 +9,7 @@ from harness_gpu import (
     DECODE_8,
     DECODE_64,
     FP8,
+    INT4,
     LONG,
     NVFP4,
     PREFILL,
@@ -141,14 +142,14 @@ def experts(name: str, bucket: Bucket, encoding: Encoding, count: int, hidden: i
 
 def moes() -> list[Trialled]:
     small = [experts("moe_add", bucket, encoding, 6, 136, 24, 2)
-             for bucket in (DECODE_1, DECODE_4, DECODE_8, PREFILL) for encoding in (BF16, FP8, NVFP4)]
+             for bucket in (DECODE_1, DECODE_4, DECODE_8, PREFILL) for encoding in (BF16, FP8, NVFP4, INT4)]
     return [*((case, batches[:1]) for case, batches in small), experts("moe_experts", PREFILL, BF16, 9, 48, 128, 2),
             experts("moe_experts", DECODE_1, FP8, 12, 264, 520, 9),
-            experts("moe_experts", DECODE_1, NVFP4, 12, 264, 520, 9),
+            *(experts("moe_experts", DECODE_1, encoding, 12, 264, 520, 9) for encoding in (NVFP4, INT4)),
             experts("moe_experts", PREFILL, NVFP4, 40, 136, 130, 2),
             experts("moe_experts", PREFILL, FP8, 40, 32, 128, 2, True),
             experts("moe_add", WIDE, BF16, 70, 32, 40, 3, True),
-            *(experts("moe_add", WIDE, encoding, 12, 48, 130, 8) for encoding in (BF16, FP8, NVFP4))]
+            *(experts("moe_add", WIDE, encoding, 12, 48, 130, 8) for encoding in (BF16, FP8, NVFP4, INT4))]
 
 
 def deltas() -> list[Trialled]:

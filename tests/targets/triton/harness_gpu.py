@@ -27,6 +27,7 @@ PREFILL, LONG = Bucket("prefill-64", 64, 16, 64), Bucket("prefill-192", 192, 16,
 WIDE = Bucket("prefill-2048", 2048, 16, 64)  # capacity only: as many tokens take large tiles
 PRODUCTS = {"linear": 1, "linear_add": 1, "moe_experts": 3, "moe_add": 3}  # op: its operand with the weight of x
 BF16, FP8, NVFP4 = Encoding("bf16"), Encoding("fp8", 128), Encoding("nvfp4", 16)
+INT4 = Encoding("int4-g128", 128)
 VECTOR = Encoding()
 
 

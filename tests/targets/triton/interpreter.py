@@ -63,7 +63,7 @@ def _run(launches: list[tuple[Kernel, tuple[int, ...], list[str], Family]],
     import torch
 
     dtypes = {"bf16": torch.bfloat16, "f32": torch.float32, "i32": torch.int32, "fp8": torch.float8_e4m3fn,
-              "u8": torch.uint8}
+              "u8": torch.uint8, "f16": torch.float16}
     bytes_ = {name: torch.from_numpy(data.copy()) for name, data in buffers.items()}
     for kernel, grid, names, family in launches:
         FAMILIES.setdefault(kernel.family, family)

@@ -108,7 +108,6 @@ def test_measured_cards_have_one_kernel_a_launch_and_others_a_choice() -> None:
 
 def test_the_table_is_sound() -> None:
     for card, measured in table()["measured"].items():
-        assert set(table()["candidates"]) <= set(measured), card
-        assert {"date", "card", "commit"} <= set(measured), card
+        assert {"date", "card", "commit"} <= set(measured) <= {"date", "card", "commit", *table()["candidates"]}, card
     for role, cuts in table()["candidates"].items():
         assert 2 <= len(cuts) <= 6 and len({tuple(sorted(cut.items())) for cut in cuts}) == len(cuts), role

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 from cases import every
-from harness_gpu import BF16, DECODE_1, DECODE_8, FP8, NVFP4, Case
+from harness_gpu import BF16, DECODE_1, DECODE_8, FP8, INT4, NVFP4, Case
 
 from qcn_compile.errors import LoweringError
+from qcn_compile.ir.encoding import Encoding
 from qcn_compile.ir.types import DType, StateKind
 from qcn_compile.targets.base import Bucket, Kernel
 from qcn_compile.targets.spec import hardware
@@ -72,20 +73,22 @@ def test_decode_on_hopper_does_not_spill(tmp_path: Path) -> None:
     check(full_size(DECODE_1), "h100", tmp_path)
 
 
-def test_nvfp4_experts_compile_for_blackwell(tmp_path: Path) -> None:
-    kernels = {kernel: None for bucket in (DECODE_1, PREFILL) for kernel in full_size_experts(bucket)}
-    assert {kernel.family for kernel in kernels} == {"four_up", "four_down", "four_up_tiles", "four_down_tiles"}
-    check(list(kernels), "b200", tmp_path)
+@pytest.mark.parametrize(("card", "encoding"), [("b200", NVFP4), ("h100", INT4)], ids=["nvfp4", "int4"])
+def test_experts_of_four_bits_compile(card: str, encoding: Encoding, tmp_path: Path) -> None:
+    kernels = {kernel: None for bucket in (DECODE_1, PREFILL) for kernel in full_size_experts(bucket, card, encoding)}
+    assert {kernel.family for kernel in kernels} == {"four_up_one", "four_down_one", "four_up_tiles", "four_down_tiles"}
+    check(list(kernels), card, tmp_path)
 
 
-def full_size_experts(bucket: Bucket) -> list[Kernel]:
-    """What the experts of Qwen3-Coder-Next launch in a bucket to read their weights, NVFP4."""
+def full_size_experts(bucket: Bucket, card: str, encoding: Encoding) -> list[Kernel]:
+    """What the experts of Qwen3-Coder-Next launch in a bucket to read their weights."""
     case = Case("experts", bucket)
     x = case.input("x", "bf16[T,2048]")
     ids, weights = case.op("moe_route", [case.input("l", "bf16[T,513]")], top_k=10, normalize=True, shared=True)
-    case.op("moe_add", [x, ids, weights, case.weight("up", (513, 1024, 2048), NVFP4),
-                        case.weight("down", (513, 2048, 512), NVFP4), x], activation="silu")
-    made = [call.kernel for _, call in case.lower(GpuTarget("b200"))]
+    case.op("moe_add", [x, ids, weights, case.weight("up", (513, 1024, 2048), encoding),
+                        case.weight("down", (513, 2048, 512), encoding), x], activation="silu")
+    calls = [call for _, call in case.lower(GpuTarget(card))]
+    made = [kernel for call in calls for kernel in (call.kernel, *(other for other, _ in call.others))]
     return [kernel for kernel in made if kernel.family.startswith("four_")]
 
 

@@ -12,19 +12,19 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 
-from qcn_compile.ir import fp4, fp8
+from qcn_compile.ir import fp4, fp8, int4
 from qcn_compile.ir.encoding import Encoding, to_bf16
 from qcn_compile.ir.graph import Op, Value
 from qcn_compile.ir.optable import TABLE
 from qcn_compile.lowering.late import deferred, merged_names
 from qcn_compile.lowering.rows import Tensors
 from qcn_compile.lowering.weights import BlobKey, name_blobs, packed
-from qcn_compile.runtime import late_fp4, late_weights
+from qcn_compile.runtime import late_fp4, late_int4, late_weights
 from qcn_compile.runtime.late_checkpoint import Checkpoint, Tensor, concat
 from qcn_compile.targets.triton.packing import pack, sizes
 from qcn_compile.targets.triton.target import GpuTarget
 
-FORMATS = (Encoding("bf16"), Encoding("fp8", 128), Encoding("nvfp4", 16))
+FORMATS = (Encoding("bf16"), Encoding("fp8", 128), Encoding("nvfp4", 16), Encoding("int4-g128", 128))
 
 
 def _value(op: str, inputs: list[Value], /, **attrs: object) -> Value:
@@ -191,6 +191,8 @@ def test_both_sides_quantise_alike() -> None:
         w = rng.standard_normal((130, 200)) * 10.0 ** -rng.integers(0, spread + 1, (130, 200))
         w = w.astype(np.float32)
         for mine, theirs in zip(fp8.quantize(torch.from_numpy(w)), late_weights.quantize(w), strict=True):
+            assert np.array_equal(mine, theirs)
+        for mine, theirs in zip(int4.quantize(torch.from_numpy(w)), late_int4.quantize(w), strict=True):
             assert np.array_equal(mine, theirs)
         four = late_fp4.quantize(w, fp8.VALUES)
         for mine, theirs in zip(fp4.quantize(torch.from_numpy(w)), four, strict=True):
