@@ -105,7 +105,7 @@ def compile(model: str | Path | None = None, target: str = "cpu", output: str | 
         with clock.stage("calibrate"):
             calibrated, decision = _calibrate(graphs, traced, decision, Path(options.calibrate), tell)
     with clock.stage("schedule"):
-        ranks = [[schedule(graph, bucket, chosen) for graph in mine for bucket in buckets_for(chosen.kind)]
+        ranks = [[schedule(graph, bucket, chosen) for graph in mine for bucket in buckets_for(chosen.kind, layout.tp)]
                  for mine in graphs]
     with building(Path(output), options.force) as scratch:
         manifest, digests = write_build(Path(output), scratch, traced, chosen, decision, layout, ranks, mode,

@@ -44,9 +44,16 @@ def rank_timeout() -> int:
     return _integer("QCN_RANK_TIMEOUT", 60, 1)
 
 
-def one_shot() -> bool:
-    """`QCN_ALL_REDUCE`: nccl leaves all sums of ranks to NCCL; default: small ones go over peer memory."""
-    return os.environ.get("QCN_ALL_REDUCE", "") != "nccl"
+ALL_REDUCE = ("one-shot", "nccl", "fused")
+
+
+def all_reduce() -> str:
+    """`QCN_ALL_REDUCE`: one-shot (default): small sums of ranks go over peer memory; nccl: none do; fused: and the norm
+    behind a small sum is computed with it. Raises UsageError for another word."""
+    found = os.environ.get("QCN_ALL_REDUCE", "") or ALL_REDUCE[0]
+    if found not in ALL_REDUCE:
+        raise UsageError(f"QCN_ALL_REDUCE={found}: choose {', '.join(ALL_REDUCE)}")
+    return found
 
 
 def hub_cache() -> Path:

@@ -18,12 +18,14 @@ Param = int | float | str | bool
 
 @dataclass(frozen=True)
 class Bucket:
-    """Capacities of one plan: at most `tokens` tokens of `sequences` sequences, logits for at most `rows` of them."""
+    """Capacities of one plan: at most `tokens` tokens of `sequences` sequences, logits for at most `rows` of them.
+    `fused`: the sums of ranks go into the norms behind them."""
 
     name: str
     tokens: int
     sequences: int
     rows: int
+    fused: bool = False
 
     @property
     def sizes(self) -> dict[str, int]:

@@ -24,6 +24,7 @@ from qcn_compile.artifact.disk import (
 from qcn_compile.artifact.folder import alive, building, check_output
 from qcn_compile.artifact.schema import (
     ALIGNMENT,
+    FUSED,
     INPUTS,
     PEER_ROWS,
     SCHEMA,
@@ -43,6 +44,7 @@ __all__ = [
     "CacheSpec",
     "Collective",
     "FULL_HASH_LIMIT",
+    "FUSED",
     "INPUTS",
     "Launch",
     "Manifest",

@@ -46,6 +46,7 @@ INPUTS = {
 
 
 PEER_ROWS = 128  # rows that ranks may exchange at once over each other's memory
+FUSED = "-fused"  # end of the names of plans whose sums of ranks go into the norms behind them
 
 
 @dataclass(frozen=True)
@@ -197,9 +198,12 @@ class Manifest:
                            "libraries": tuple(data["libraries"]),
                            "ranks": tuple(RankPart.from_json(part) for part in data.get("ranks", ()))})
 
-    def of_rank(self, rank: int) -> Manifest:
-        """The manifest as one rank needs it."""
+    def of_rank(self, rank: int, fused: bool = False) -> Manifest:
+        """The manifest as one rank needs it; with `fused`, plans that have such a twin give way to it."""
         if not self.ranks:
             return self
         part = self.ranks[rank]
-        return replace(self, caches=part.caches, plans=part.plans, weights=part.weights, ranks=())
+        twins = {name: name.removesuffix(f"{FUSED}.json") + ".json" for name in part.plans if f"{FUSED}." in name}
+        left = {*twins.values()} if fused else {*twins}
+        plans = tuple(name for name in part.plans if name not in left)
+        return replace(self, caches=part.caches, plans=plans, weights=part.weights, ranks=())

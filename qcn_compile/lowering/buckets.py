@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from qcn_compile.artifact import FUSED, PEER_ROWS
 from qcn_compile.errors import UsageError
 from qcn_compile.targets.base import Bucket
 
@@ -22,6 +25,10 @@ def default_buckets(decode: tuple[int, ...] = DECODE, prefill: tuple[int, ...] =
             + [Bucket(f"prefill-{n}", n, min(n, MAX_SEQUENCES), min(n, MAX_ROWS)) for n in prefill])
 
 
-def buckets_for(kind: str) -> list[Bucket]:
-    """The buckets of a kind of target."""
-    return default_buckets(GPU_DECODE, GPU_PREFILL) if kind == "gpu" else default_buckets()
+def buckets_for(kind: str, tp: int = 1) -> list[Bucket]:
+    """The buckets of a kind of target; for several GPUs, those of few tokens also with sums fused into norms."""
+    if kind != "gpu":
+        return default_buckets()
+    found = default_buckets(GPU_DECODE, GPU_PREFILL)
+    few = [bucket for bucket in found if bucket.tokens <= PEER_ROWS] if tp > 1 else []
+    return found + [replace(bucket, name=bucket.name + FUSED, fused=True) for bucket in few]

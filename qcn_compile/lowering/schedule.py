@@ -98,7 +98,8 @@ def _collective(op: Op, result: Schedule, target: Target) -> list[Step]:
     if result.views[x].stride != row_width(x.tensor):
         raise LoweringError(f"a collective needs dense rows: {format_op(op)}")
     if target.kind == "gpu" and op.name != "send":
-        calls = target.lower(op, [_operand(x, result)], [v.tensor for v in op.results], result.bucket)
+        operands = [_operand(v, result) for v in op.operands]
+        calls = target.lower(op, operands, [v.tensor for v in op.results], result.bucket)
     else:
         calls = [Call(Kernel.make(op.name),
                       (Ref("operand", index=0), Ref("result", index=0), Ref("input", name="counts")))]

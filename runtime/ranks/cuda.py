@@ -33,7 +33,9 @@ def open_ranks_cuda(build: Path, manifest: Manifest, context_length: int | None,
                     ) -> tuple[CudaDevice, CudaExecutable, MemoryPlan]:
     """Rank 0 on the first visible GPU, the others as processes on the next ones; see `open_cuda`. `budget`: of each."""
     check_ranks(build, manifest.ranks, manifest.layout)
-    ranks, own = len(manifest.ranks), manifest.of_rank(0)
+    ranks, sums = len(manifest.ranks), settings.all_reduce()
+    fused = sums == "fused"
+    own = manifest.of_rank(0, fused)
     device, team = CudaDevice(own.target), None
     try:
         if device.count() < ranks:
@@ -41,12 +43,13 @@ def open_ranks_cuda(build: Path, manifest: Manifest, context_length: int | None,
                               f"are {ranks} (CUDA_VISIBLE_DEVICES chooses them), or build again with a smaller --tp "
                               "or --pp")
         on_host = host_tables(build, own) if embedding_on_host else frozenset()
-        fits = [fitting(device, build, manifest.of_rank(rank), context_length, max_running, budget, share, prefix,
-                        speculate, on_host) for rank in range(0, ranks, degrees(own)[0])]
+        fits = [fitting(device, build, manifest.of_rank(rank, fused), context_length, max_running, budget, share,
+                        prefix, speculate, on_host) for rank in range(0, ranks, degrees(own)[0])]
         memory = replace(fits[0], pages=min(m.pages for m in fits), snapshots=min(m.snapshots for m in fits))
         unique, deadline = _keys(degrees(own)[1]), float(settings.rank_timeout())
-        files = make_areas(device.driver, ranks, area_bytes(own)) if settings.one_shot() and area_bytes(own) else []
-        options = {"unique": unique, "model": model, "areas": files, "on_host": embedding_on_host}
+        files = make_areas(device.driver, ranks, area_bytes(own)) if sums != "nccl" and area_bytes(own) else []
+        options = {"unique": unique, "model": model, "areas": files, "on_host": embedding_on_host,
+                   "fused": fused}
 
         def setup(rank: int) -> Setup:
             return Setup(f"{__name__}:open_worker", build.resolve(), rank, ranks, memory, deadline, options)
@@ -68,7 +71,7 @@ def open_ranks_cuda(build: Path, manifest: Manifest, context_length: int | None,
 
 def open_worker(setup: Setup) -> tuple[CudaExecutable, Callable[[str], None]]:
     """In the process of another rank: its executable. Nothing is done when it fails: rank 0 sees that it ends."""
-    manifest = read_manifest(setup.build).of_rank(setup.rank)
+    manifest = read_manifest(setup.build).of_rank(setup.rank, setup.options["fused"])
     device = CudaDevice(manifest.target, setup.rank)
     executable = _open(device, setup, manifest, None)
     device.watch = _watch(setup.deadline)
@@ -85,6 +88,8 @@ def _open(device: CudaDevice, setup: Setup, manifest: Manifest, report: Report |
     world = Nccl(setup.rank, setup.ranks, whole) if pp > 1 else None
     nccl = Nccl(part, tp, stages[stage]) if world is not None else Nccl(setup.rank, setup.ranks, whole)
     exchange = Exchange(device, nccl, manifest, setup.rank, setup.options["areas"][stage * tp:(stage + 1) * tp], world)
+    if setup.options["fused"] and tp > 1 and not exchange.one_shot:
+        raise DeviceError("QCN_ALL_REDUCE=fused: the GPUs do not reach each other's memory; leave it out")
     return CudaExecutable(setup.build, manifest, device, weights, setup.memory, exchange)
 
 

@@ -126,6 +126,8 @@ FAMILIES = {
     "attention_split": Family("attention", f"q:bf16 part:f32 score:f32 keys:{{KV}} values:{{KV}} {_BATCH}"),
     "attention_combine": Family("attention", "part:f32 score:f32 gate?GATE:bf16 y:bf16 counts:i32"),
     "all_reduce": Family("ranks", "x:bf16 y:bf16 peers:i64 counts:i32"),
+    "all_reduce_norm": Family("ranks", "x:bf16 y:bf16 peers:i64 w?NORM:f32 n?NORM:bf16 q?NARROW:fp8 qs?NARROW:f32 "
+                                       "counts:i32"),
     "interleave": Family("ranks", "parts:bf16 y:bf16 counts:i32"),
     "sample_blocks": Family("sample", f"{_LOGITS} top:f32 arg:i32 mass:f32 counts:i32"),
     "sample_shortlist": Family("sample", f"{_LOGITS} top:f32 value:f32 number:i32 found:i32 counts:i32"),

@@ -16,6 +16,7 @@ from qcn_compile.targets.base import Bucket, Call, Kernel, Operand
 from qcn_compile.targets.spec import Hardware, hardware
 from qcn_compile.targets.triton import lowering, packing
 from qcn_compile.targets.triton.choices import cuts_for
+from qcn_compile.targets.triton.exchange import with_norms
 from qcn_compile.targets.triton.lowering.site import FEW, Site
 from qcn_compile.targets.triton.narrow import narrowing
 from qcn_compile.targets.triton.specialise import choice, specialise
@@ -50,6 +51,8 @@ class GpuTarget:
         """The ops of a bucket: in some, ops are fused that stay apart in others; last, the choice of tokens."""
         if self.narrow and bucket.tokens > FEW:
             ops = narrowing(ops, outputs, bucket.sequences == bucket.tokens)
+        if bucket.fused:
+            ops = with_norms(ops, bucket.tokens == 1)
         return [*specialise(ops, outputs, bucket), *(choice(logits) for logits in outputs[:1])]
 
     def lower(self, op: Op, operands: Sequence[Operand | None], results: Sequence[TensorType],

@@ -26,7 +26,7 @@ LOWERINGS: dict[str, Callable[[Site], list[Call]]] = {
     "narrow_experts": moe.experts, "narrow_delta_net": mixer.delta_net,
     "rope_table": mixer.rope_table, "rope_append": mixer.rope_append, "paged_attention": mixer.paged_attention,
     "delta_net": mixer.delta_net, "sample": sample.sample,
-    "all_reduce": ranks.all_reduce, "all_gather": ranks.all_gather,
+    "all_reduce": ranks.all_reduce, "all_reduce_norm": ranks.all_reduce_norm, "all_gather": ranks.all_gather,
 }
 CURES = {
     **dict.fromkeys(("causal_conv1d", "gated_delta_rule", "delta_gate"), "keep the pass fuse-deltanet in the pipeline"),
