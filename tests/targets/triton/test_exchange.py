@@ -17,9 +17,11 @@ from typing import Any
 import fake_ranks
 import numpy as np
 import pytest
+from exchange_scenario import lowered
 
 from qcn_compile.artifact import (
     ALIGNMENT,
+    PEER_ROWS,
     SCHEMA,
     Arg,
     CacheSpec,
@@ -35,7 +37,7 @@ from qcn_compile.artifact import (
     write_json,
 )
 from qcn_compile.compile import compile as compile_model
-from qcn_compile.errors import ArtifactError, DeviceError
+from qcn_compile.errors import ArtifactError, DeviceError, UsageError
 from qcn_compile.frontend.checkpoint import locate
 from qcn_compile.runtime.batch import Span
 from qcn_compile.runtime.choice import Pick
@@ -45,6 +47,8 @@ from qcn_compile.runtime.ranks import cuda
 from qcn_compile.runtime.ranks.team import CALL
 from qcn_compile.runtime.request import Request, SamplingParams
 from qcn_compile.targets.base import Kernel
+from qcn_compile.targets.spec import hardware
+from qcn_compile.targets.triton.emit import emit
 from qcn_compile.targets.triton.families import FAMILIES
 from qcn_compile.targets.triton.target import GpuTarget
 
@@ -240,6 +244,68 @@ def test_every_stage_of_a_build_has_its_layers(tmp_path: Path, emitted: list[Ker
     names = [set(part.weights["recipes"]) for part in manifest.ranks]
     sizes = [sum(sum(row["parts"].values()) for row in part.weights["recipes"].values()) for part in manifest.ranks]
     assert len(names) == 4 and max(sizes) < 0.36 * int(manifest.decisions["weight_bytes"])
+
+
+def test_sums_go_into_norms(tmp_path: Path, emitted: list[Kernel]) -> None:
+    """Plans of few tokens have a twin with as many collectives, whose sums bring the norm along."""
+    manifest = compile_model(locate(None, "cpu").path, "h100", tmp_path / "build", quant="fp8", weights="late",
+                             tp=2).manifest
+    plain, fused = (manifest.of_rank(1, choice).plans for choice in (False, True))
+    assert len(plain) == len(fused) and not any("fused" in name for name in plain)
+    layers, delta = int(manifest.model["config"]["num_hidden_layers"]), sum(c.kind == "delta" for c in manifest.caches)
+    assert sorted(plain) == sorted(name.replace("-fused", "") for name in fused)
+    for name in fused:
+        plan = read_plan(tmp_path / "build", name)
+        kinds = [launch.collective.kind for launch in plan.launches if launch.collective]
+        if "fused" not in name:
+            assert plan.tokens > PEER_ROWS and "all_reduce_norm" not in kinds
+            continue
+        twin = read_plan(tmp_path / "build", name.replace("-fused", ""))
+        norms = kinds.count("all_reduce_norm")
+        pairs = delta if plan.tokens == 1 else 0  # the norms that go with two products stay with these
+        assert norms == 2 * layers + 1 - pairs and len(kinds) == 2 * layers + 2
+        assert len(plan.launches) == len(twin.launches) - (1 if pairs else norms)  # one token: norms had no launches
+    families = {kernel.family for kernel in emitted}
+    assert {"all_reduce", "all_reduce_norm"} <= families
+
+
+@pytest.mark.parametrize("card", ["h100", pytest.param("a100", marks=pytest.mark.slow),
+                                  pytest.param("b200", marks=pytest.mark.slow)])
+def test_sums_with_norms_compile_at_full_size(card: str, tmp_path: Path) -> None:
+    kernels = [call.kernel for name, codes in (("all_reduce", False), ("all_reduce_norm", False),
+                                               ("all_reduce_norm", card != "a100"))
+               for call in lowered(name, 8, 2048, 8, fused=True, codes=codes)]
+    names = emit(list(dict.fromkeys(kernels)), tmp_path, hardware(card), workers=1)
+    rows = json.loads((tmp_path / names[0]).read_text()).values()
+    assert all(row["stack"] == 0 for row in rows)
+
+
+def test_fused_plans_are_taken_when_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_ranks.install(monkeypatch.setattr)
+    monkeypatch.setattr(cuda, "__name__", "fake_ranks")
+    monkeypatch.setenv("PYTHONPATH", f"{Path(__file__).parent}:{os.environ.get('PYTHONPATH', '')}")
+    monkeypatch.setenv("FAKE_RANKS", str(tmp_path / "rank-1.json"))
+    folder = build(tmp_path / "build")
+    manifest, parts = read_manifest(folder), []
+    for rank, part in enumerate(manifest.ranks):
+        plan = read_plan(folder, part.plans[0])
+        twin = f"plan/rank-{rank}/main-fused.json"
+        write_json(folder / twin, replace(plan, name=f"{plan.name}-fused").to_json())
+        parts.append(replace(part, plans=(*part.plans, twin)))
+    seal(folder, replace(manifest, ranks=tuple(parts)))
+    for word, name in (("", "decode-2"), ("fused", "decode-2-fused")):
+        monkeypatch.setenv("QCN_ALL_REDUCE", word)
+        device, executable, _ = cuda.open_ranks_cuda(folder, read_manifest(folder), 16, 2, None)
+        try:
+            executable.run([SPAN])
+            executable.rows.read_state(1)
+            assert json.loads((tmp_path / "rank-1.json").read_text())["plan"] == f"main-{name}"
+        finally:
+            executable.team.close()
+            device.close()
+    monkeypatch.setenv("QCN_ALL_REDUCE", "quick")
+    with pytest.raises(UsageError, match="QCN_ALL_REDUCE=quick: choose one-shot, nccl, fused"):
+        cuda.open_ranks_cuda(folder, read_manifest(folder), 16, 2, None)
 
 
 @pytest.mark.parametrize("ep", [pytest.param(1, marks=pytest.mark.slow), 2])
