@@ -91,6 +91,9 @@ def compiled(kernels: Sequence[Kernel], card: Hardware,
 def _crash(kernel: Kernel, card: Hardware) -> Exception:
     """Why a worker ended: a script that builds while it is imported, as each worker does again, or the compiler."""
     script = getattr(sys.modules["__main__"], "__file__", None)
+    if script is not None and not Path(script).is_file():
+        return UsageError(f"a script read from {script} cannot build: the worker processes of a build import it again; "
+                          "save it as a file, with the call under `if __name__ == \"__main__\":`")
     text = Path(script).read_text(encoding="utf-8", errors="replace") if script and Path(script).is_file() else None
     if text is not None and "__main__" not in text:
         return UsageError(f"{script} builds while it is imported, and the worker processes of a build import it again; "

@@ -96,11 +96,14 @@ def main() -> None:
     if "tiny" in args.parts:
         compile(args.model, args.target, OUT / "tiny-mtp", quant="none", weights="late", mtp=True, force=True)
         compile(args.model, args.target, OUT / "tiny-kv8", quant="none", weights="late", kv="fp8", force=True)
-        for quant in ("none", "fp8"):
+        compile(args.model, args.target, OUT / "tiny-states", quant="none", weights="late", states="bfloat16",
+                force=True)
+        for quant in ("none", "fp8", "int4-experts"):
             compile(args.model, args.target, OUT / f"tiny-{quant}", quant=quant, weights="late", force=True)
     if "full" in args.parts:
         compile(None, args.target, OUT / "full", weights="dummy", quant="fp8", force=True)
         compile(None, args.target, OUT / "full-mtp", weights="dummy", quant="fp8", mtp=True, force=True)
+        compile(None, args.target, OUT / "full-int4", weights="dummy", quant="int4-experts", force=True)
         _unfused(args.target)
     if "cases" in args.parts:
         cases(args.target)

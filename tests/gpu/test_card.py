@@ -87,11 +87,12 @@ def test_bundled_model_equals_the_cpu(quant: str) -> None:
         assert max(errors) < tolerance and np.mean(top) > agreement
 
 
-def test_steps_equal_chunks_and_batches() -> None:
+@pytest.mark.parametrize("name", ["tiny-none", "tiny-int4-experts", "tiny-states"])
+def test_steps_equal_chunks_and_batches(name: str) -> None:
     from qcn_compile import load
 
     rows = json.loads((BUILDS / "reference.json").read_text())[:3]
-    with load(BUILDS / "tiny-none", model=MODEL) as model:
+    with load(BUILDS / name, model=MODEL) as model:
         whole = [model.logits([*r["prompt"], *r["new"]][:40]) for r in rows]
         ids = [[*r["prompt"], *r["new"]][:40] for r in rows]
         for at in range(40):
@@ -103,7 +104,7 @@ def test_steps_equal_chunks_and_batches() -> None:
         assert np.linalg.norm(parts - whole[0]) <= 0.03 * np.linalg.norm(whole[0])
 
 
-@pytest.mark.parametrize("name", ["full-plain", "full"])
+@pytest.mark.parametrize("name", ["full-plain", "full-int4", "full"])
 def test_full_model(name: str) -> None:
     """The full-size model with random weights: times of every plan, time of every kernel, many steps."""
     from qcn_compile import load

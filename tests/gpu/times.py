@@ -44,14 +44,14 @@ def graph_seconds(model: Any, plan: Any, times: int = 9) -> float:
 def launch_seconds(model: Any, plan: Any, slab: int, times: int = 3) -> np.ndarray:
     """Of each launch. Copies keep the device busy until the host is ahead."""
     device, found = model._device, []
-    launches = model.executable._launches[plan.name]
+    launches = model.executable._launches[plan.key]
     events = [device.event() for _ in range(len(launches) + 1)]
     for _ in range(times):
         for _ in range(40):
             device.driver("cuMemcpyDtoDAsync", slab + SLAB // 2, slab, SLAB // 2, device.stream)
         device.record(events[0])
-        for prepared, event in zip(launches, events[1:], strict=True):
-            device.launch(prepared)
+        for launch, event in zip(launches, events[1:], strict=True):
+            launch()
             device.record(event)
         device.synchronize()
         found.append([device.seconds(a, b) for a, b in pairwise(events)])

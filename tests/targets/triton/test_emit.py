@@ -9,12 +9,12 @@ import pytest
 from cases import every
 from harness_gpu import BF16, DECODE_1, DECODE_8, FP8, INT4, NVFP4, Case
 
-from qcn_compile.errors import LoweringError
+from qcn_compile.errors import LoweringError, UsageError
 from qcn_compile.ir.encoding import Encoding
 from qcn_compile.ir.types import DType, StateKind
 from qcn_compile.targets.base import Bucket, Kernel
 from qcn_compile.targets.spec import hardware
-from qcn_compile.targets.triton.emit import check_limits, emit, fitting
+from qcn_compile.targets.triton.emit import _crash, check_limits, emit, fitting
 from qcn_compile.targets.triton.families import FAMILIES
 from qcn_compile.targets.triton.target import GpuTarget
 
@@ -142,3 +142,9 @@ def test_limits_and_failures_name_the_kernel(tmp_path: Path) -> None:
     broken = Kernel.make("gather_rows", D=3, BD=3, SX=3)  # a block that is no power of two
     with pytest.raises(LoweringError, match="gather_rows_BD3_D3_SX3: Triton cannot compile it for h100-80"):
         emit([broken], tmp_path, hardware("h100"), workers=1)
+
+
+def test_a_script_without_a_file_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("__main__.__file__", "<stdin>", raising=False)
+    error = _crash(full_size(DECODE_1)[0], hardware("h100"))
+    assert isinstance(error, UsageError) and "a script read from <stdin>" in str(error) and "save it" in str(error)
