@@ -59,6 +59,7 @@ class Ticket:
         return taken
 
 
+_PAUSE = 0.001  # seconds between announcements: tokens that come faster than that share one
 Observer = Callable[[Ticket, Output, float], None]
 Command = Callable[[], None]
 
@@ -76,6 +77,7 @@ class Bridge:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._bell: Doorbell | None = None
+        self._announced = 0.0
         self._idle = asyncio.Event()
         self._idle.set()
         self.failure: BaseException | None = None
@@ -204,6 +206,13 @@ class Bridge:
         assert self._bell is not None
         self._bell.ring()
 
+    def _announce(self) -> None:
+        """The device is about to work."""
+        now = time.perf_counter()
+        if now - self._announced >= _PAUSE:
+            self._announced = now
+            self._ring()
+
     def _call(self, function: Callable[..., None], *arguments: object, ring: bool = True) -> None:
         assert self._bell is not None
         self._bell.post(partial(function, *arguments))
@@ -231,7 +240,7 @@ class Bridge:
                 return False
             command()
             wait = False
-        if self._engine.unfinished and (outputs := self._engine.step(self._ring)):
+        if self._engine.unfinished and (outputs := self._engine.step(self._announce)):
             self._call(self._deliver, outputs, ring=False)
         return True
 

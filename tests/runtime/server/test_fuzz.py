@@ -1,8 +1,12 @@
-"""No body, however odd, gets a 5xx: from the OpenAPI document, and by damaging good requests."""
+"""No body, however odd, gets a 5xx: from the OpenAPI document, and by damaging good requests.
+
+QCN_FUZZ=100 in the environment tries as many bodies of each operation, in place of 10.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 
 import httpx
 import pytest
@@ -12,7 +16,8 @@ from test_chat_api import TOOLS
 
 schemathesis = pytest.importorskip("schemathesis")
 
-QUICK = settings(max_examples=10, deadline=None, derandomize=True, database=None,
+TRIES = int(os.environ.get("QCN_FUZZ", "10"))
+QUICK = settings(max_examples=TRIES, deadline=None, derandomize=True, database=None,
                  suppress_health_check=list(HealthCheck))
 PART = {"type": "text", "text": "a"}
 GOOD = {
@@ -58,7 +63,7 @@ def client(real):
 def test_damaged_requests(client, path):
     assert client.post(path, json=GOOD[path]).status_code == 200
 
-    @settings(QUICK, max_examples=25)
+    @settings(QUICK, max_examples=25 * TRIES // 10)
     @given(st.sampled_from(list(places(GOOD[path]))), ODD)
     def damage(where, odd):
         body = replaced(GOOD[path], where, odd)

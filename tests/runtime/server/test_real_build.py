@@ -9,6 +9,7 @@ import time
 
 import httpx
 import pytest
+from anthropic import Anthropic
 from openai import OpenAI
 from test_chat_api import TOOLS
 
@@ -92,6 +93,26 @@ def test_forced_calls_follow_the_schema(real, choice):
     assert reply.message.tool_calls[0].function.name == "read"
     if reply.finish_reason == "tool_calls":
         assert isinstance(arguments["path"], str) and isinstance(arguments.get("lines", 0), int)
+
+
+def test_the_anthropic_client(real):
+    """Messages whole and streamed, a forced tool and its result, as an agent would go on."""
+    client = Anthropic(base_url=real.url, api_key="EMPTY", max_retries=0)
+    asked = {"model": "tiny", "max_tokens": 300, "messages": CODE, "temperature": 0.0}
+    whole = client.messages.create(**asked)
+    with client.messages.stream(**asked) as stream:
+        streamed = "".join(stream.text_stream)
+        assert stream.get_final_message().usage.output_tokens == whole.usage.output_tokens
+    assert streamed == whole.content[0].text and whole.stop_reason in ("end_turn", "max_tokens")
+    tool = {"name": "read", "input_schema": TOOLS[0]["function"]["parameters"]}
+    called = client.messages.create(**asked, tools=[tool], tool_choice={"type": "tool", "name": "read"})
+    use = called.content[-1]
+    assert use.type == "tool_use" and use.name == "read" and isinstance(use.input, dict)
+    result = {"role": "user", "content": [{"type": "tool_result", "tool_use_id": use.id, "content": "1 + 1"}]}
+    history = [*CODE, {"role": "assistant", "content": called.to_dict()["content"]}, result]
+    again = client.messages.create(**{**asked, "messages": history}, tools=[tool])
+    assert again.content and again.usage.input_tokens > called.usage.input_tokens
+    assert client.messages.count_tokens(model="tiny", messages=CODE).input_tokens == whole.usage.input_tokens
 
 
 def test_a_schema_binds_the_answer(real):
