@@ -68,6 +68,16 @@ def long(model: Path) -> None:
     (OUT / "long.json").write_text(json.dumps(rows))
 
 
+def several(target: str, model: Path) -> None:
+    """Builds for two cards, and their twins for one: the bundled model, and the full one with random weights."""
+    from qcn_compile import compile
+
+    layouts: dict[str, dict[str, int]] = {"": {}, "-tp2": {"tp": 2}, "-ep2": {"tp": 2, "ep": 2}, "-pp2": {"pp": 2}}
+    for name, layout in layouts.items():
+        compile(model, target, OUT / "several" / f"tiny{name}", quant="none", weights="late", force=True, **layout)
+        compile(None, target, OUT / "several" / f"full{name}", quant="fp8", weights="dummy", force=True, **layout)
+
+
 def _unfused(target: str) -> None:
     """The full build again, with norms in launches of their own: what fusing them is worth."""
     from unittest import mock
@@ -105,6 +115,8 @@ def main() -> None:
         compile(None, args.target, OUT / "full-mtp", weights="dummy", quant="fp8", mtp=True, force=True)
         compile(None, args.target, OUT / "full-int4", weights="dummy", quant="int4-experts", force=True)
         _unfused(args.target)
+    if "several" in args.parts:
+        several(args.target, args.model)
     if "cases" in args.parts:
         cases(args.target)
 
