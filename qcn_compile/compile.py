@@ -195,13 +195,11 @@ def _weights_mode(options: Options, target: Target, traced: Traced, located: Loc
 
 def _calibrate(ranks: Sequence[Sequence[Graph]], traced: Traced, decision: Decision, text: Path, tell: Report
                ) -> tuple[Calibrated, Decision]:
-    """int4 codes of the main graph's weights by a text, and the decision with what that gave."""
+    """int4 codes of the main graph's weights, on every rank, by a text, and the decision with what that gave."""
     if traced.weights is None or traced.path is None:
         raise UsageError("--calibrate: needs a checkpoint's weights; name one with --model")
-    if len(ranks) > 1:
-        raise UsageError("--calibrate: chooses the int4 weights of one rank; leave --tp and --ep out")
     tell("calibrate", 0, 1)
-    made = calibrate(ranks[0][0], traced.weights, read_text(text, traced.path))
+    made = calibrate([mine[0] for mine in ranks], traced.weights, read_text(text, traced.path))
     tell("calibrate", 1, 1)
     return made, replace(decision, reasons={**decision.reasons, "calibrated": str(made)})
 

@@ -18,6 +18,8 @@ from qcn_compile.ir.types import BatchType
 from qcn_compile.ir.verify import plain_attrs
 
 Weights = Callable[[str], Tensor]
+Walk = Generator[tuple[Op, Any], Any, list[Any]]
+"""Runs the graph of a rank: yields (op, operand) at a collective, is sent its result, returns the outputs."""
 
 
 def run_op(op: Op, operands: list[Any], weights: Weights | None = None) -> list[Any]:
@@ -53,7 +55,11 @@ def run(graph: Graph, inputs: dict[str, Any], weights: Weights | None = None,
 def run_ranks(graphs: Sequence[Graph], inputs: Sequence[dict[str, Any]], weights: Weights | None = None
               ) -> list[list[Any]]:
     """Outputs of every rank's graph, all run together: at a collective each waits for the others it is with."""
-    walks = [_walk(graph, given, weights) for graph, given in zip(graphs, inputs, strict=True)]
+    return together([_walk(graph, given, weights) for graph, given in zip(graphs, inputs, strict=True)])
+
+
+def together(walks: Sequence[Walk]) -> list[list[Any]]:
+    """What the walks of all ranks return; each yields (op, operand) at a collective and is sent its result."""
     outputs: list[list[Any]] = [[] for _ in walks]
     waiting: dict[int, tuple[Op, Any]] = {}
 
@@ -96,7 +102,7 @@ def _meet(rank: int, waiting: dict[int, tuple[Op, Any]]) -> dict[int, Any] | Non
 
 
 def _walk(graph: Graph, inputs: dict[str, Any], weights: Weights | None,
-          watch: Callable[[Op, list[Any]], None] | None = None) -> Generator[tuple[Op, Any], Any, list[Any]]:
+          watch: Callable[[Op, list[Any]], None] | None = None) -> Walk:
     """Runs a graph; yields (op, operand) at a collective and takes its result back. Returns the outputs."""
     env: dict[Value, Any] = {}
     for value in graph.inputs:

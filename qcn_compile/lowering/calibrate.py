@@ -21,7 +21,8 @@ from qcn_compile.errors import UsageError
 from qcn_compile.ir.encoding import Coded, encode
 from qcn_compile.ir.gptq import hessian, quantize
 from qcn_compile.ir.graph import Graph, Op, Value
-from qcn_compile.ir.interpret import default_inputs, last_uses, run_op
+from qcn_compile.ir.interpret import Walk, default_inputs, last_uses, run_op, together
+from qcn_compile.ir.optable import row
 from qcn_compile.lowering.rows import Source, evaluate
 from qcn_compile.lowering.schedule import encoding_of
 from qcn_compile.passes.canonicalize import static_values
@@ -77,9 +78,12 @@ def read_text(path: Path, tokenizer: Path) -> list[list[int]]:
 
 
 @torch.no_grad()
-def calibrate(graph: Graph, source: Source, pieces: Sequence[list[int]]) -> Calibrated:
-    """int4 codes for the weights of a final graph. Raises UsageError when nothing is stored in int4."""
-    if not any(op.name == "encode" and op.attrs["format"] == "int4" for op in graph.ops):
+def calibrate(graphs: Sequence[Graph], source: Source, pieces: Sequence[list[int]]) -> Calibrated:
+    """int4 codes for the weights of a final graph, or of those of all ranks: a rank's by what that rank computes.
+
+    Raises UsageError when nothing is stored in int4.
+    """
+    if not any(op.name == "encode" and op.attrs["format"] == "int4" for graph in graphs for op in graph.ops):
         raise UsageError("--calibrate: no weight is stored in int4, so there is nothing to calibrate; add --quant int4")
     codes: dict[Value, Coded] = {}
     errors: list[tuple[float, float]] = []
@@ -99,13 +103,17 @@ def calibrate(graph: Graph, source: Source, pieces: Sequence[list[int]]) -> Cali
         errors.append((_off(w, back, hessians), _off(w, nearest, hessians)))
         return back
 
-    walk(graph, source, pieces, store)
+    together([_walk(graph, source, pieces, store) for graph in graphs])
     own, nearest = (sum(column) / len(errors) for column in zip(*errors, strict=True))
     return Calibrated(codes, sum(map(len, pieces)), own, nearest)
 
 
 def walk(graph: Graph, source: Source, pieces: Sequence[list[int]], store: Store) -> list[Any]:
     """Outputs of a final graph in f32, every encoded weight as `store` says. One op's weights are in memory."""
+    return together([_walk(graph, source, pieces, store)])[0]
+
+
+def _walk(graph: Graph, source: Source, pieces: Sequence[list[int]], store: Store) -> Walk:
     inputs = default_inputs(graph, list(pieces))
     env: dict[Value, Any] = {value: inputs[value.name] for value in graph.inputs}
     static, last = static_values(graph), last_uses(graph)
@@ -122,7 +130,8 @@ def walk(graph: Graph, source: Source, pieces: Sequence[list[int]], store: Store
             else:
                 w = evaluate(value.op.inputs[0], source.get).float()
                 operands.append(store(op, value, w, operands))
-        env.update(zip(op.results, run_op(op, operands), strict=True))
+        results = [(yield op, operands[0])] if row(op.name).collective else run_op(op, operands)
+        env.update(zip(op.results, results, strict=True))
         for value in set(op.inputs) | set(op.results):
             if last.get(value, index) <= index:
                 env.pop(value, None)

@@ -71,7 +71,7 @@ def main() -> None:
         scheme = scheme_of(name, kind)
         show(f"{kind} {name}: " + ", ".join(dict.fromkeys(scheme.formats)),
              measure(lambda op, value, w, _, scheme=scheme: rounded(w, _format(scheme, op, value))))  # type: ignore[misc]
-    own = calibrate(graph, source, [i[at:at + LENGTH] for i in ids[EVALUATED:] for at in range(0, len(i), LENGTH)])
+    own = calibrate([graph], source, [i[at:at + LENGTH] for i in ids[EVALUATED:] for at in range(0, len(i), LENGTH)])
     print(own)
     codes = {key: coded.wide() for key, coded in own.codes.items()}
     show("cpu int4, calibrated", measure(lambda op, value, w, _: codes.get(value.op.inputs[0], w)))  # type: ignore[union-attr]

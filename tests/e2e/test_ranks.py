@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -19,6 +20,7 @@ from qcn_compile.errors import DeviceError, UsageError
 from qcn_compile.runtime.loaded import load
 from qcn_compile.runtime.prefix.options import PrefixOptions
 from qcn_compile.runtime.speculation.options import SpeculationOptions
+from tests.e2e.conftest import HELDOUT
 from tests.e2e.test_drafting import PROMPTS, tokens_of
 from tests.runtime.server.test_process import body, running
 
@@ -83,6 +85,22 @@ def test_weight_formats(loaded, tmp_path, quant):
     with load(tmp_path / "build", threads=2) as two:
         error = np.linalg.norm(two.logits(tokens) - one.logits(tokens)) / np.linalg.norm(one.logits(tokens))
     assert error < {"none": 1e-5, "int8": 0.03, "int4": 0.03}[quant]
+
+
+@pytest.mark.slow
+def test_every_rank_calibrates_its_own_weights(loaded, tmp_path):
+    """int4 by GPTQ is closer to fp32 on ranks, too: two of tensor parallelism, and two stages."""
+    texts = [json.loads(line)["text"] for line in HELDOUT.read_text(encoding="utf-8").splitlines()]
+    (tmp_path / "text.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts[12:20]))
+    ids = loaded("fp32").encode(texts[0])[:400]
+    want, errors = loaded("fp32").logits(ids), {}
+    for name, layout in (("rounded", {"tp": 2}), ("tp", {"tp": 2}), ("pp", {"pp": 2})):
+        text = None if name == "rounded" else tmp_path / "text.jsonl"
+        build(None, "cpu", tmp_path / name, dtype="bf16", quant="int4", activations="fp32", calibrate=text, **layout)
+        with load(tmp_path / name, threads=2) as many:
+            errors[name] = np.linalg.norm(many.logits(ids) - want) / np.linalg.norm(want)
+    print(errors)
+    assert max(errors["tp"], errors["pp"]) < 0.9 * errors["rounded"]
 
 
 @pytest.mark.slow
