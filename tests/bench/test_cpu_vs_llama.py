@@ -55,11 +55,11 @@ def test_the_command_is_known(capfd: pytest.CaptureFixture[str]) -> None:
 def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, np.ndarray]]:
     """A small checkpoint, and the tensors of its Q8_0 file as f32."""
     folder = tmp_path_factory.mktemp("gguf")
-    make(folder / "model", {**json.loads((HERE / "bench_config.json").read_text()), **SMALL})
-    script = HERE / "llama/write_gguf.py"
-    subprocess.run([sys.executable, script, folder / "model", folder / "file", "q8_0"], check=True)
-    tensors = gguf.GGUFReader(folder / "file").tensors
-    return folder / "model", {t.name: gguf.dequantize(t.data, t.tensor_type) for t in tensors}
+    make(folder / "checkpoint", {**json.loads((HERE / "bench_config.json").read_text()), **SMALL})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Workplace, "python", lambda self: Path(sys.executable))  # it has gguf, which is all this needs
+        tensors = gguf.GGUFReader(Workplace(folder, 8, 4).gguf("q8_0")).tensors
+    return folder / "checkpoint", {t.name: gguf.dequantize(t.data, t.tensor_type) for t in tensors}
 
 
 def test_gguf_has_every_value_once(written: tuple[Path, dict[str, np.ndarray]]) -> None:

@@ -1,4 +1,4 @@
-"""A Qwen3-Next checkpoint as GGUF: python write_gguf.py CHECKPOINT OUTPUT q4_0|q8_0|bf16. Needs numpy and gguf.
+"""A Qwen3-Next checkpoint as GGUF: python write_gguf.py CHECKPOINT q4_0|q8_0|bf16|f32 OUTPUT. Needs numpy and gguf.
 
 Every matrix gets the format, the head and the embedding too; router, norms, gates and convolution stay f32, as they do
 in llama.cpp's own conversion. One tensor is in memory at a time. There is no tokenizer: token ids go in and out.
@@ -17,9 +17,9 @@ import gguf
 import numpy as np
 
 FORMATS = {"q4_0": gguf.GGMLQuantizationType.Q4_0, "q8_0": gguf.GGMLQuantizationType.Q8_0,
-           "bf16": gguf.GGMLQuantizationType.BF16}
+           "bf16": gguf.GGMLQuantizationType.BF16, "f32": gguf.GGMLQuantizationType.F32}
 FILE_TYPES = {"q4_0": gguf.LlamaFileType.MOSTLY_Q4_0, "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
-              "bf16": gguf.LlamaFileType.MOSTLY_BF16}
+              "bf16": gguf.LlamaFileType.MOSTLY_BF16, "f32": gguf.LlamaFileType.ALL_F32}
 PLAIN = ("gate.weight", "shared_expert_gate.weight", "conv1d.weight", "in_proj_ba.weight")
 Row = tuple[str, tuple[int, ...], bool, Callable[[], np.ndarray]]  # name, shape, in the format, content
 
@@ -123,7 +123,7 @@ def header(writer: gguf.GGUFWriter, config: dict[str, Any], format_: str) -> Non
 
 
 def main() -> None:
-    folder, output, format_ = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+    folder, format_, output = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
     model, kind = Checkpoint(folder), FORMATS[format_]
     writer = gguf.GGUFWriter(output, "qwen3next")
     header(writer, model.config, format_)
