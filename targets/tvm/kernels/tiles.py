@@ -53,9 +53,10 @@ def input_params(activations: str) -> dict[str, str]:
 
 
 def block_sizes(m: Machine, activations: str, many: bool) -> tuple[int, ...]:
-    """How many rows of x share a load of weights: as many as the registers hold, then four, then one."""
+    """How many rows of x share a load of weights: as many as the registers hold, then fewer, then one. Steps of few
+    tokens (batches, drafts to verify) have a pair, too: a block costs what it holds, not what is in it."""
     if not many:
-        return 4, 1
+        return 4, 2, 1
     if activations == "int8":
         return (8, 4, 1) if m.dot == 16 else (4, 1)  # as many as there are registers
     return (12, 4, 1) if m.lanes == 16 else (6, 1)
