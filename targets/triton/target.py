@@ -37,7 +37,8 @@ class GpuTarget:
         self.name = name
         self.page_size = page_size
         self.cuts = cuts_for(name)
-        self.narrow = "fp8" in self.hardware.dtypes and self.hardware.arch >= 90  # the kernels' e4m3 type
+        nvidia = self.hardware.vendor == "nvidia"  # AMD numbers its architectures otherwise, gfx942 has another e4m3
+        self.narrow = nvidia and "fp8" in self.hardware.dtypes and self.hardware.arch >= 90  # the kernels' e4m3 type
         assert RING >= FEW + TAPS
 
     def describe(self) -> dict[str, object]:
