@@ -68,12 +68,12 @@ class Job:
         self.files: list[WeightFile] = plan_files(name_blobs(keys), self.target)
 
     def run(self, output: Path) -> dict[str, Any]:
-        """Convert into `output`; digests, seconds and bytes."""
-        begin = time.perf_counter()
+        """Convert into `output`; digests, seconds (wall and processor) and bytes."""
+        begin, busy = time.perf_counter(), time.process_time()
         with resumable(output, key_of(self.files, self.target, self.source.fingerprint())) as folder:
             written = convert(self.files, self.source, self.target, folder)
             take(written, folder, output)
-        return {"seconds": time.perf_counter() - begin, "bytes": sum(f.nbytes for f in self.files),
+        return {"seconds": time.perf_counter() - begin, "cpu": time.process_time() - busy, "bytes": sum(f.nbytes for f in self.files),
                 "sha256": dict(written.sha256), **peak()}
 
 
@@ -141,6 +141,7 @@ def convert_layers(args: argparse.Namespace) -> None:
         print(f"{args.target} {args.quant}, {args.layers} layers, {size / 1e9:.2f} GB of bf16 into "
               f"{whole['bytes'] / 1e9:.2f} GB: {whole['seconds']:.1f} s, read {rate:.0f} MB/s, written "
               f"{whole['bytes'] / whole['seconds'] / 1e6:.0f} MB/s; disk alone: read {read:.0f}, write {write:.0f}")
+        print(f"processor: {whole['cpu']:.1f} s, {size / whole['cpu'] / 1e6:.0f} MB of bf16 a second of one core")
         print(f"peak memory {whole['peak_gb']:.2f} GB, of it before the conversion {whole['traced_gb']:.2f} GB")
         shutil.rmtree(folder / "whole")
         process = spawn(folder / "model", folder / "again", args.target, args.quant)
