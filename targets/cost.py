@@ -21,7 +21,6 @@ from qcn_compile.targets.spec import Hardware
 EFFICIENCY = Path(__file__).parent / "efficiency"
 LINKS = ("all_reduce", "all_gather", "send")
 REGIMES = ("one", "few", "many")
-FEW = 8  # tokens up to which the kernels of small batches run
 
 
 @dataclass(frozen=True)
@@ -77,29 +76,29 @@ class Parts:
 
 @cache
 def efficiencies(kind: str) -> dict[str, Any]:
-    """The data file of a kind of target: regime -> kernel class -> Efficiency, and `math` or "" (see efficiency/)."""
+    """The data file of a kind of target: regime -> kernel class -> Efficiency, and `math`, `step`, `small`."""
     data = tomllib.loads((EFFICIENCY / f"{kind}.toml").read_text(encoding="utf-8"))
-    table: dict[str, Any] = {"math": data["math"], "step": data["step"]}
+    table: dict[str, Any] = {name: data[name] for name in ("math", "step", "small")}
     for regime in REGIMES:
         table[regime] = {name: Efficiency(**row) for name, row in data[regime].items()}
     return table
 
 
-def regime_of(tokens: int) -> str:
-    """Which kernels a step of that many tokens runs: one token, few, many."""
-    return "one" if tokens == 1 else "few" if tokens <= FEW else "many"
+def regime_of(tokens: int, small: int) -> str:
+    """Which kernels a step of that many tokens runs: one token, up to `small`, many."""
+    return "one" if tokens == 1 else "few" if tokens <= small else "many"
 
 
 def cost(work: Iterable[Work], chip: Hardware, tokens: int, ranks: int = 1) -> Parts:
     """Predicted seconds of a step on one of `ranks` chips. Raises UsageError when a figure is missing."""
     data = efficiencies(chip.kind)
-    table = data[regime_of(tokens)]
+    table = data[regime_of(tokens, data["small"])]
     total = Parts(latency=data["step"] * 1e-6)
     for item in work:
         if item.name in LINKS:
             total += _link(item, chip, ranks)
         else:
-            math = data["math"] or item.math
+            math = data["math"].get(item.math, item.math)
             total += _op(replace(item, math=math), chip, table.get(item.role) or table.get(item.name) or table["other"])
     return total
 

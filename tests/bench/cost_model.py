@@ -1,7 +1,7 @@
 """Predicted against measured times: python -m tests.bench.cost_model
 
-The measured ones are those of docs/performance.md (GPU: one H200, commit 162a4ab; CPU: 2 virtual cores of an AMD EPYC
-with AVX-512, commit 5a30672; 2026-11-23). The efficiencies were fitted to them, so the errors tell how well one set of
+The measured ones are those of docs/performance.md (GPU: one H100 80GB, FP8, 2026-11-25, commits in targets/efficiency/
+gpu.toml; CPU: 2 virtual cores of an AMD EPYC with AVX-512, commit 5a30672, 2026-11-23). The efficiencies were fitted to them, so the errors tell how well one set of
 numbers describes all points, not how well it would foresee another card.
 """
 
@@ -45,11 +45,15 @@ def predictor(kind: str, quant: str, shape: ModelShape, chip: Hardware) -> Predi
 def points() -> Iterator[Point]:
     """Whole steps, then single kernels."""
     config = json.loads(CODER.read_text())
-    gpu = predictor("gpu", "fp8", shape_of(config), hardware("h200"))
-    steps = [("decode, batch 1", 2.14, Step.decode(1, 1024)), ("decode, batch 8", 8.39, Step.decode(8, 1024)),
-             ("prefill 2048", 134, Step(2048, 1, 1, 0)), ("time to first token, 1024", 79, Step(1024, 1, 1, 0))]
-    for name, measured, step in steps:
-        yield Point(f"H200 fp8, {name}", measured, gpu.step(step).seconds * 1e3)
+    gpu = predictor("gpu", "fp8", shape_of(config), hardware("h100"))
+    half = predictor("gpu", "fp8", shape_of({**config, "num_hidden_layers": 24}), hardware("h100"))
+    for batch, measured in ((1, 1.927), (4, 6.64)):
+        yield Point(f"H100 decode, batch {batch}", measured, gpu.decode(batch, 1024).seconds * 1e3)
+    for batch, measured in ((8, 3.91), (16, 5.76), (32, 8.96), (128, 18.3)):
+        yield Point(f"H100 24 layers, decode, batch {batch}", measured, half.decode(batch, 1000).seconds * 1e3)
+    for tokens, measured in ((512, 19.4), (1024, 22.4), (2048, 28.4), (4096, 42.6), (8192, 77.8)):
+        step = half.step(Step(tokens, 1, 1, 0))
+        yield Point(f"H100 24 layers, prompt of {tokens}", measured, step.seconds * 1e3)
     yield from _kernels(gpu)
     small = shape_of({**config, "num_hidden_layers": 12, "num_experts": 64, "num_experts_per_tok": 8,
                       "vocab_size": 32768})  # the model of tests/bench/cpu_vs_llama.py
@@ -69,13 +73,13 @@ def _half(figure: Figure | None) -> Figure:
 
 def _kernels(gpu: Predictor) -> Iterator[Point]:
     """Microseconds of single ops of a step of one token, as ms."""
-    measured = {("in_proj", 36): 8.21, ("in_proj", 12): 6.69, ("out_proj", 36): 4.27, ("lm_head", 1): 73.3,
-                ("router", 48): 1.96, ("experts", 48): 16.57, ("delta", 36): 4.85}
+    measured = {("in_proj", 36): 9.6, ("in_proj", 12): 8.4, ("out_proj", 36): 4.2, ("lm_head", 1): 105, ("router", 48): 2.2,
+                ("route", 48): 1.7, ("delta", 36): 3.6, ("attention", 12): 7.4}
     fixed = cost([], gpu.chip, 1).seconds
     for item in gpu._work(Step.decode(1, 1024)):
         if (item.role, item.count) in measured:
             seconds = cost([replace(item, count=1)], gpu.chip, 1).seconds - fixed
-            yield Point(f"H200 fp8, one {item.role} of {item.count}", measured[item.role, item.count] / 1e3,
+            yield Point(f"H100 one {item.role} of {item.count}", measured[item.role, item.count] / 1e3,
                         seconds * 1e3)
 
 
