@@ -13,7 +13,7 @@ import argparse
 import json
 import os
 import random
-import resource
+import re
 import shutil
 import signal
 import subprocess
@@ -78,8 +78,9 @@ class Job:
 
 
 def peak() -> dict[str, float]:
-    """Peak resident memory of this process so far, in GB."""
-    return {"peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9}
+    """Peak resident memory of this process so far, in GB. (What getrusage says includes the parent's at the fork.)"""
+    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return {"peak_gb": int(found[1]) * 1024 / 1e9 if found else 0.0}
 
 
 def worker(folder: Path, output: Path, target: str, quant: str) -> None:
