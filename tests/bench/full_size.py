@@ -146,9 +146,10 @@ def convert_layers(args: argparse.Namespace) -> None:
         print(f"peak memory {whole['peak_gb']:.2f} GB, of it before the conversion {whole['traced_gb']:.2f} GB")
         shutil.rmtree(folder / "whole")
         process = spawn(folder / "model", folder / "again", args.target, args.quant)
-        while not (folder / ".again.weights").exists() and process.poll() is None:
+        done = random.randrange(1, len(whole["sha256"]))
+        while len(list(folder.glob(".again.weights/files/*.sha256"))) < done and process.poll() is None:
             time.sleep(0.05)
-        time.sleep(random.uniform(0.2, 0.8) * whole["seconds"])
+        time.sleep(random.uniform(0, 0.8) * whole["seconds"] / len(whole["sha256"]))
         process.send_signal(signal.SIGKILL)
         process.wait()
         kept = len(list((folder / ".again.weights/files").glob("*.sha256")))
