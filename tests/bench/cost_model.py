@@ -1,8 +1,9 @@
 """Predicted against measured times: python -m tests.bench.cost_model
 
-The measured ones are those of docs/performance.md (GPU: one H100 80GB, FP8, 2026-11-25, commits in targets/efficiency/
-gpu.toml; CPU: 2 virtual cores of an AMD EPYC with AVX-512, commit 5a30672, 2026-11-23). The efficiencies were fitted to them, so the errors tell how well one set of
-numbers describes all points, not how well it would foresee another card.
+The measured ones are those of docs/performance.md. GPU: one H100 80GB, FP8, 2026-11-25, commits in
+targets/efficiency/gpu.toml. CPU: 2 virtual cores of an AMD EPYC, with AVX-512 (commit 5a30672, 2026-11-23) and without
+(`qcn-bench cpu --vs llama.cpp`, 2026-11-25). The efficiencies were fitted to most of them, so the errors tell how well
+one set of numbers describes all points, not how well it would foresee another card.
 """
 
 from __future__ import annotations
@@ -55,26 +56,31 @@ def points() -> Iterator[Point]:
         step = half.step(Step(tokens, 1, 1, 0))
         yield Point(f"H100 24 layers, prompt of {tokens}", measured, step.seconds * 1e3)
     yield from _kernels(gpu)
-    small = shape_of({**config, "num_hidden_layers": 12, "num_experts": 64, "num_experts_per_tok": 8,
-                      "vocab_size": 32768})  # the model of tests/bench/cpu_vs_llama.py
-    both = hardware("host")
-    one = replace(both, bandwidth=Figure(36.7, "docs/performance.md"), flops=_half(both.flops),
-                  rates={"int8": _half(both.rates["int8"])})
-    for threads, chip, decode, prefill in ((1, one, 67.1, 339), (2, both, 95.7, 642)):
-        cpu = predictor("cpu", "int4", small, chip)
-        yield Point(f"CPU int4, decode, {threads} threads", 1e3 / decode, cpu.step(Step.decode(1, 560)).seconds * 1e3)
-        yield Point(f"CPU int4, prefill 512, {threads} threads", 512e3 / prefill, cpu.first_token(512) * 1e3)
+    yield from _cpus(shape_of({**config, "num_hidden_layers": 12, "num_experts": 64, "num_experts_per_tok": 8,
+                               "vocab_size": 32768}))  # the model of tests/bench/cpu_vs_llama.py
 
 
-def _half(figure: Figure | None) -> Figure:
-    assert figure is not None
-    return Figure(figure.value / 2, figure.source)
+def _cpus(model: ModelShape) -> Iterator[Point]:
+    """Tokens a second of decode and of a prompt of 512, on one core and two, as ms."""
+    host = hardware("host")
+    with_vnni = [("int4", 1, 67.1, 339), ("int4", 2, 95.7, 642)]
+    without = [("int4", 1, 51.4, 77), ("int4", 2, 78.1, 122), ("int8", 1, 28.1, 56), ("int8", 2, 43.2, 96)]
+    for name, rows, reads, rate, context in (("AVX-512", with_vnni, (36.7, 71.0), 473.5, 560),
+                                             ("AVX2", without, (32.9, 54.6), 78.0, 100)):
+        for quant, cores, decode, prefill in rows:
+            chip = replace(host, bandwidth=Figure(reads[cores - 1], "a read in the same hour"),
+                           flops=Figure(118.5 * cores, "2 FMA x 8 lanes x 2 x 3.7 GHz a core"),
+                           rates={"int8": Figure(rate * cores, "AVX-512: 4 x f32; AVX2: fitted to the prompts")})
+            cpu = predictor("cpu", quant, model, chip)
+            where = f"CPU {name} {quant}, {cores} cores"
+            yield Point(f"{where}, decode", 1e3 / decode, cpu.step(Step.decode(1, context)).seconds * 1e3)
+            yield Point(f"{where}, prompt of 512", 512e3 / prefill, cpu.first_token(512) * 1e3)
 
 
 def _kernels(gpu: Predictor) -> Iterator[Point]:
     """Microseconds of single ops of a step of one token, as ms."""
-    measured = {("in_proj", 36): 9.6, ("in_proj", 12): 8.4, ("out_proj", 36): 4.2, ("lm_head", 1): 105, ("router", 48): 2.2,
-                ("route", 48): 1.7, ("delta", 36): 3.6, ("attention", 12): 7.4}
+    measured = {("in_proj", 36): 9.6, ("in_proj", 12): 8.4, ("out_proj", 36): 4.2, ("lm_head", 1): 105,
+                ("router", 48): 2.2, ("route", 48): 1.7, ("delta", 36): 3.6, ("attention", 12): 7.4}
     fixed = cost([], gpu.chip, 1).seconds
     for item in gpu._work(Step.decode(1, 1024)):
         if (item.role, item.count) in measured:

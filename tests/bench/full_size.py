@@ -73,8 +73,8 @@ class Job:
         with resumable(output, key_of(self.files, self.target, self.source.fingerprint())) as folder:
             written = convert(self.files, self.source, self.target, folder)
             take(written, folder, output)
-        return {"seconds": time.perf_counter() - begin, "cpu": time.process_time() - busy, "bytes": sum(f.nbytes for f in self.files),
-                "sha256": dict(written.sha256), **peak()}
+        return {"seconds": time.perf_counter() - begin, "cpu": time.process_time() - busy,
+                "bytes": sum(f.nbytes for f in self.files), "sha256": dict(written.sha256), **peak()}
 
 
 def peak() -> dict[str, float]:
