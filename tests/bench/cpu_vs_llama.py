@@ -46,8 +46,8 @@ class Side:
 class Workplace:
     """What the sides need, made once in a folder: checkpoint, llama.cpp's environment, builds, GGUF files."""
 
-    def __init__(self, folder: Path, prompt: int, new: int, under: Sequence[str] = ()) -> None:
-        self.folder, self.lengths, self.under = folder, [str(prompt), str(new)], under
+    def __init__(self, folder: Path, prompt: int, new: int, under: Sequence[str] = (), layers: int = 0) -> None:
+        self.folder, self.lengths, self.under, self.layers = folder, [str(prompt), str(new)], under, layers
         folder.mkdir(parents=True, exist_ok=True)
 
     def made(self, name: str, *command: str | Path, **environment: str) -> Path:
@@ -62,8 +62,10 @@ class Workplace:
         return path
 
     def checkpoint(self) -> Path:
-        return self.made("checkpoint", sys.executable, "-m", "tests.bench.random_checkpoint",
-                         HERE / "bench_config.json")
+        config = json.loads((HERE / "bench_config.json").read_text())
+        file = self.folder / "config.json"
+        file.write_text(json.dumps({**config, "num_hidden_layers": self.layers or config["num_hidden_layers"]}))
+        return self.made("checkpoint", sys.executable, "-m", "tests.bench.random_checkpoint", file)
 
     def python(self) -> Path:
         """The interpreter that has llama-cpp-python, compiled for this processor."""
@@ -144,6 +146,7 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--new", type=int, default=96)
     p.add_argument("--under", type=shlex.split, default=[], metavar="COMMAND",
                    help="what each timed program is started by, for example 'chrt -f 30' where other jobs run")
+    p.add_argument("--layers", type=int, default=0, help="of the model, in a new folder (default: 12)")
     p.add_argument("--folder", type=Path, help="where to work, kept for the next run; else a temporary one (12 GB)")
     p.add_argument("--json", action="store_true")
     return p.parse_args()
@@ -154,7 +157,7 @@ def main() -> None:
     args = arguments()
     with ExitStack() as stack:
         folder = args.folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="qcn-cpu-")))
-        place = Workplace(folder.absolute(), args.prompt, args.new, args.under)
+        place = Workplace(folder.absolute(), args.prompt, args.new, args.under, args.layers)
         groups = []
         for format_ in args.format:
             others = {"llama.cpp": lambda f=format_: place.llama(PEERS[f]), "transformers": place.transformers}
