@@ -14,6 +14,7 @@ from qcn_compile.runtime.loaded import load
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 TOKENS = np.random.default_rng(1).integers(0, 4000, 230).tolist()
+LONG = {"rope_type": "yarn", "factor": 31.0, "original_max_position_embeddings": 32768}
 FULL = json.dumps({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}})
 
 
@@ -50,13 +51,12 @@ def test_longer_contexts_need_the_override(builds):
 
 def test_a_context_of_1010000_tokens(bundled, builds):
     """As the cookbook's line asks for; the model's own limit is 32768 here, so the factor is 31 in place of 4."""
-    yarn = {"rope_type": "yarn", "factor": 31.0, "original_max_position_embeddings": 32768}
     with load(builds("fp32"), threads=2, context_length=1_010_000, max_running_requests=1,
-              overrides=json.dumps({"rope_scaling": yarn})) as model:
+              overrides=json.dumps({"rope_scaling": LONG})) as model:
         assert model.memory.context_length == 1_010_000
         assert model.memory.pages * model.memory.page_size >= 1_010_000
         got = model.logits(TOKENS)
-    assert relative(got, transformers_with(bundled, yarn)) < 1e-4
+    assert relative(got, transformers_with(bundled, LONG)) < 1e-4
 
 
 @pytest.mark.slow
@@ -65,8 +65,8 @@ def test_tokens_beyond_the_models_own_context(builds):
     tokens = np.random.default_rng(2).integers(0, 4000, 33100).tolist()
     answers = []
     for chunk in (512, 200):
-        with load(builds("bf16"), threads=2, context_length=34000, max_running_requests=1, overrides=FULL,
-                  prefill_chunk=chunk) as model:
+        with load(builds("bf16"), threads=2, context_length=1_010_000, max_running_requests=1,
+                  overrides=json.dumps({"rope_scaling": LONG}), prefill_chunk=chunk) as model:
             answers.append([t for o in model.generate(tokens, temperature=0, max_tokens=8, ignore_eos=True)
                             for t in o.token_ids])
     assert answers[0] == answers[1] and len(answers[0]) == 8
