@@ -6,7 +6,8 @@
     int4             X_packed, X_scale, [X_zero_point, X_g_idx, X_shape]   (compressed-tensors, pack-quantized)
     GPTQ, AWQ        qweight, qzeros, scales, [g_idx]                      int4, X is the module's weight
 
-Codes stay codes when our own formats hold them exactly: fp8 blocks, and symmetric int4 in groups of a multiple of 32.
+Codes stay codes when our own formats hold them exactly: fp8 blocks, and int4 in groups of a multiple of 32, symmetric
+ones as int4, those with zero points as int8.
 """
 
 from __future__ import annotations
@@ -242,7 +243,7 @@ def nibbles(words: Tensor, order: tuple[int, ...] = tuple(range(8))) -> Tensor:
 def grouped(codes: Tensor, scales: Tensor, zeros: Tensor | None, order: Tensor | None) -> Piece:
     """(code - zero) * scale. codes i8 -8..7 [N, K], scales and zeros [N, groups], order [K]: the group of each input.
 
-    Symmetric codes in whole groups of 32 with scales that f16 holds stay codes.
+    Codes in whole groups of 32 with scales that f16 holds stay codes; less zeros other than 0 they are int8.
     """
     depth = codes.shape[1]
     size = depth // scales.shape[1]
@@ -250,9 +251,12 @@ def grouped(codes: Tensor, scales: Tensor, zeros: Tensor | None, order: Tensor |
         plain = torch.equal(order.long(), torch.arange(depth) // size)
         order = None if plain or bool((order < 0).any()) else order.long()
     half = scales.half()
-    exact = torch.equal(half.float(), scales.float()) and (zeros is None or not bool(zeros.any()))
-    if exact and order is None and size % GROUP == 0:
-        return Coded(codes.contiguous(), half.repeat_interleave(size // GROUP, 1), Encoding("int4"), depth)
+    if torch.equal(half.float(), scales.float()) and order is None and size % GROUP == 0:
+        symmetric = zeros is None or not bool(zeros.any())
+        if zeros is not None and not symmetric:
+            codes = codes - zeros.repeat_interleave(size, 1)
+        return Coded(codes.contiguous(), half.repeat_interleave(size // GROUP, 1),
+                     Encoding("int4" if symmetric else "int8"), depth)
     place = torch.arange(depth) // size if order is None else order
     offsets = 0 if zeros is None else zeros.float()[:, place]
     return (codes.float() - offsets) * scales.float()[:, place]

@@ -22,10 +22,13 @@ def hessian(x: Tensor, weights: Tensor | None = None) -> Tensor:
     return wide.T @ wide
 
 
-def quantize(w: Tensor, h: Tensor) -> Coded:
-    """Codes and f16 scales (as `encoding.quantize` makes them) of w f32 [N, K] for inputs of Hessian h f64 [K, K]."""
+def quantize(w: Tensor, h: Tensor, group: int = GROUP) -> Coded:
+    """Codes and f16 scales (as `encoding.quantize` makes them) of w f32 [N, K] for inputs of Hessian h f64 [K, K].
+
+    `group`: values that share a scale, a multiple of 32; it is repeated for each 32.
+    """
     size, h = w.shape[1], h.clone()
-    lack = -size % GROUP
+    lack = -size % group
     if not h.any():
         h = torch.eye(size, dtype=h.dtype)
     h.diagonal().add_(DAMPING * h.diagonal().mean())
@@ -34,14 +37,16 @@ def quantize(w: Tensor, h: Tensor) -> Coded:
     upper[:size, :size] = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
     weight = torch.nn.functional.pad(h.diagonal(), (0, lack))
     codes, scales = [], []
-    for start in range(0, size + lack, GROUP):
-        at = slice(start, start + GROUP)
+    for start in range(0, size + lack, group):
+        at = slice(start, start + group)
         scale = _scales(w[:, at], weight[at])
         made, errors = _group(w[:, at], scale, upper[at, at])
-        w[:, start + GROUP:] -= errors @ upper[at, start + GROUP:]
+        w[:, start + group:] -= errors @ upper[at, start + group:]
         codes.append(made)
         scales.append(scale)
-    return Coded(torch.cat(codes, 1), torch.stack(scales, 1), Encoding("int4", GROUP), size)
+    stored, spread = -(-size // GROUP), torch.stack(scales, 1).repeat_interleave(group // GROUP, 1)
+    return Coded(torch.cat(codes, 1)[:, :stored * GROUP].contiguous(), spread[:, :stored].contiguous(),
+                 Encoding("int4", GROUP), size)
 
 
 def _group(w: Tensor, scale: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:

@@ -29,6 +29,7 @@ def random_codes(weight: Tensor, size: int, generator: torch.Generator, symmetri
                  half: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Numbers 0..15 [N, K], zeros and scales [N, K/size]."""
     rows, depth = weight.shape
+    size = min(size, depth)
     codes = torch.randint(0, 16, (rows, depth), generator=generator)
     zeros = torch.randint(1, 16, (rows, depth // size), generator=generator)
     scales = (torch.rand(rows, depth // size, generator=generator) * 0.02 + 0.01).to(half)
@@ -55,7 +56,7 @@ def fp8(name: str, weight: Tensor, generator: torch.Generator) -> tuple[Stored, 
 def packed(size: int, symmetric: bool = True, shuffled: bool = False) -> Writer:
     """compressed-tensors, pack-quantized; size 0: one group a row."""
     def write(name: str, weight: Tensor, generator: torch.Generator) -> tuple[Stored, Tensor]:
-        step = size or weight.shape[1]
+        step = min(size or weight.shape[1], weight.shape[1])
         codes, zeros, scales = random_codes(weight, step, generator, symmetric, torch.bfloat16)
         groups = torch.arange(weight.shape[1]) // step
         stored = {f"{name}_packed": words(codes), f"{name}_scale": scales, f"{name}_shape": torch.tensor(weight.shape)}
@@ -82,7 +83,7 @@ def gptq(size: int, symmetric: bool = True, shuffled: bool = False, second: bool
     """AutoGPTQ: words along K; zeros are stored less one in the first version of the format."""
     def write(name: str, weight: Tensor, generator: torch.Generator) -> tuple[Stored, Tensor]:
         codes, zeros, scales = random_codes(weight, size, generator, symmetric, torch.float16)
-        groups = torch.arange(weight.shape[1]) // size
+        groups = torch.arange(weight.shape[1]) // min(size, weight.shape[1])
         if shuffled:
             groups = groups[torch.randperm(len(groups), generator=generator)]
         stem, kept = name.removesuffix("weight"), zeros - (0 if second else 1)
@@ -97,7 +98,7 @@ def awq(size: int) -> Writer:
         codes, zeros, scales = random_codes(weight, size, generator, False, torch.float16)
         holds = (0, 2, 4, 6, 1, 3, 5, 7)
         places = tuple(holds.index(i) for i in range(8))
-        stem, groups = name.removesuffix("weight"), torch.arange(weight.shape[1]) // size
+        stem, groups = name.removesuffix("weight"), torch.arange(weight.shape[1]) // min(size, weight.shape[1])
         return {f"{stem}qweight": words(codes.T, places), f"{stem}qzeros": words(zeros.T, places),
                 f"{stem}scales": scales.T.contiguous()}, values(codes, zeros, scales, groups)
     return write
@@ -107,6 +108,9 @@ LAYOUTS: dict[str, tuple[Writer, dict[str, Any]]] = {
     "fp8": (fp8, {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}),
     "ct-int4-32": (packed(32), {"quant_method": "compressed-tensors", "format": "pack-quantized"}),
     "ct-int4-64": (packed(64), {"quant_method": "compressed-tensors", "format": "pack-quantized"}),
+    "ct-int4-128": (packed(128), {"quant_method": "compressed-tensors", "format": "pack-quantized"}),
+    "ct-int4-128-zeros": (packed(128, symmetric=False),
+                          {"quant_method": "compressed-tensors", "format": "pack-quantized"}),
     "ct-int4-row": (packed(0), {"quant_method": "compressed-tensors", "format": "pack-quantized"}),
     "ct-int4-zeros": (packed(32, symmetric=False), {"quant_method": "compressed-tensors", "format": "pack-quantized"}),
     "ct-int4-order": (packed(32, shuffled=True), {"quant_method": "compressed-tensors", "format": "pack-quantized"}),
@@ -114,10 +118,12 @@ LAYOUTS: dict[str, tuple[Writer, dict[str, Any]]] = {
     "ct-fp8-one": (scaled(torch.float8_e4m3fn, False), {"quant_method": "compressed-tensors"}),
     "ct-int8": (scaled(torch.int8, True), {"quant_method": "compressed-tensors", "format": "int-quantized"}),
     "gptq": (gptq(32), {"quant_method": "gptq", "bits": 4, "group_size": 32}),
+    "gptq-128": (gptq(128), {"quant_method": "gptq", "bits": 4, "group_size": 128}),
     "gptq-v2-zeros": (gptq(32, symmetric=False, second=True),
                       {"quant_method": "gptq", "bits": 4, "checkpoint_format": "gptq_v2"}),
     "gptq-order": (gptq(32, shuffled=True), {"quant_method": "gptq", "bits": 4, "desc_act": True}),
     "awq": (awq(32), {"quant_method": "awq", "bits": 4, "version": "gemm"}),
+    "awq-128": (awq(128), {"quant_method": "awq", "bits": 4, "version": "gemm", "group_size": 128}),
 }
 
 

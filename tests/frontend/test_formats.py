@@ -21,7 +21,9 @@ from qcn_compile.frontend.weights import WeightSource
 from qcn_compile.ir.encoding import Coded, wide
 from qcn_compile.ir.types import DType
 
-CODED = {"fp8": "fp8", "ct-int4-32": "int4", "ct-int4-64": "int4", "ct-int4-row": "int4", "gptq": "int4"}
+CODED = {"fp8": "fp8", "ct-int4-32": "int4", "ct-int4-64": "int4", "ct-int4-128": "int4", "ct-int4-row": "int4",
+         "gptq": "int4", "gptq-128": "int4", "ct-int4-zeros": "int8", "ct-int4-128-zeros": "int8",
+         "gptq-v2-zeros": "int8", "awq": "int8", "awq-128": "int8"}
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ from qcn_compile.frontend.checkpoint import locate
 from qcn_compile.ir.encoding import Encoding, encode
 from qcn_compile.ir.gptq import hessian, quantize
 from qcn_compile.lowering.calibrate import read_text
+from tests.bench.format_errors import int4
 
 HELDOUT = Path(__file__).parent.parent / "data/heldout.jsonl"
 
@@ -27,6 +28,20 @@ def test_outputs_are_closer_than_rounded() -> None:
     assert off[0] < 0.75 * off[1]
     assert made.codes.shape == (24, 96) and made.scales.shape == (24, 3) and made.scales.dtype == torch.float16
     assert int(made.codes.min()) >= -8 and int(made.codes.max()) <= 7
+
+
+def test_groups_of_128() -> None:
+    """One scale for each 128 columns, the last group cut; closer than rounding in the same groups, 32 closer still."""
+    generator = torch.Generator().manual_seed(4)
+    x = torch.randn(600, 200, generator=generator) @ torch.randn(200, 200, generator=generator)
+    w = torch.randn(24, 200, generator=generator)
+    made = quantize(w, hessian(x), 128)
+    assert made.codes.shape == (24, 224) and made.scales.shape == (24, 7)
+    assert torch.equal(made.scales[:, :4], made.scales[:, :1].expand(-1, 4))
+    assert torch.equal(made.scales[:, 4:], made.scales[:, 4:5].expand(-1, 3))
+    off = [float(((w - q) @ x.T).norm() / (w @ x.T).norm())
+           for q in (quantize(w, hessian(x)).wide(), made.wide(), int4(w, 128))]
+    assert off[0] < off[1] < 0.75 * off[2]
 
 
 def test_no_input_and_dead_columns() -> None:
