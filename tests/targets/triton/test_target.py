@@ -27,6 +27,12 @@ def test_targets_by_name() -> None:
         load_target("h300")
 
 
+def test_which_cards_multiply_e4m3() -> None:
+    """AMD's numbers of architectures are larger, and the e4m3 of gfx942 is another one."""
+    assert [name for name in GPUS if load_target(name).narrow] == ["h100", "h200", "b200"]
+    assert not GpuTarget("mi300x").narrow and not GpuTarget("mi355x").narrow
+
+
 def test_cache_units() -> None:
     assert TARGET.cache_unit(StateType(StateKind.kv, DType.bf16, (2, 8)), 32) == ((2, 32, 8), 2 * 2 * 2 * 8 * 32)
     assert TARGET.cache_unit(StateType(StateKind.conv, DType.bf16, (10, 3)), 32) == ((16, 10), 320)
