@@ -122,6 +122,7 @@ def test_bf16_graph_equals_the_model_run_with_leaf_ops():
     graph = trace(config, DType.bf16)
     verify(graph)
     assert graph.outputs[0].tensor.dtype is DType.bf16
+    torch.manual_seed(0)  # among equal router logits, which bf16 makes likely, torch.topk takes any
     model = build(config, DType.bf16, device="cpu")
     randomise(model)
     tokens = prompts([5, 12])

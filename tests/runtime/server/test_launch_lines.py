@@ -71,7 +71,7 @@ def test_cookbook_lines(line):
     ("--chunked-prefill-size 8192 --context-length 65536 --max-running-requests 32", None),
     ("--quantization fp8", None),
     ("--speculative-algorithm NGRAM --speculative-num-draft-tokens 4", None), ("--disable-radix-cache", None),
-    ("--mamba-ssm-dtype bfloat16", None), ("--mamba-ssm-dtype float16", "invalid choice"), ("--pp 2", "pipeline"),
+    ("--mamba-ssm-dtype bfloat16", None), ("--mamba-ssm-dtype float16", "invalid choice"), ("--pp 2", None),
     ("--dp 2", "one server for each GPU"), ("--json-model-override-args x", "no JSON"),
     ("--speculative-algorithm EAGLE --speculative-num-steps 3 --speculative-eagle-topk 1 "
      "--speculative-num-draft-tokens 4", None), ("--speculative-eagle-topk 4", "tree of drafts"),
