@@ -16,6 +16,22 @@ PULL = tl.constexpr(2)
 
 
 @triton.jit
+def pulled(own, side, epoch, row, i, D: tl.constexpr, BD: tl.constexpr, SLOTS: tl.constexpr, RANKS: tl.constexpr):
+    """The sums over ranks of even and odd columns of a row, f32 [BD/2] each, once all of this epoch have come."""
+    inside = i < D // 2
+    even, odd = tl.zeros((BD // 2,), tl.float32), tl.zeros((BD // 2,), tl.float32)
+    for r in tl.static_range(RANKS):
+        source = place(own, side + r, row, i, D, SLOTS)
+        v = tl.load(source, mask=inside, other=0, volatile=True)
+        while tl.max(tl.where(inside & ((v >> 32).to(tl.int32) != epoch), 1, 0), 0) > 0:
+            v = tl.load(source, mask=inside, other=0, volatile=True)
+        pair = v.to(tl.int32)
+        even += (pair << 16).to(tl.float32, bitcast=True)
+        odd += (pair & -65536).to(tl.float32, bitcast=True)
+    return even, odd
+
+
+@triton.jit
 def all_reduce(x, y, peers, counts, ROWS: tl.constexpr, TIMES: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
                SLOTS: tl.constexpr, RANKS: tl.constexpr, PHASES: tl.constexpr, PDL: tl.constexpr):
     """y[row] = the sum of x[row] of all ranks, in their order: the same bits on each. D even. Grid (rows)."""
@@ -36,15 +52,7 @@ def all_reduce(x, y, peers, counts, ROWS: tl.constexpr, TIMES: tl.constexpr, D: 
             for r in tl.static_range(RANKS):
                 tl.store(place(tl.load(peers + 1 + r), side + rank, row, i, D, SLOTS), v, mask=inside)
         if PHASES != PUSH:
-            even, odd = tl.zeros((BD // 2,), tl.float32), tl.zeros((BD // 2,), tl.float32)
-            for r in tl.static_range(RANKS):
-                source = place(own, side + r, row, i, D, SLOTS)
-                v = tl.load(source, mask=inside, other=0, volatile=True)
-                while tl.max(tl.where(inside & ((v >> 32).to(tl.int32) != epoch), 1, 0), 0) > 0:
-                    v = tl.load(source, mask=inside, other=0, volatile=True)
-                pair = v.to(tl.int32)
-                even += (pair << 16).to(tl.float32, bitcast=True)
-                odd += (pair & -65536).to(tl.float32, bitcast=True)
+            even, odd = pulled(own, side, epoch, row, i, D, BD, SLOTS, RANKS)
             tl.store(epochs + row, epoch)
             tl.store(y.to(tl.pointer_type(tl.int32)) + words, bits(even) | (bits(odd) << 16), mask=inside)
 
@@ -76,15 +84,7 @@ def all_reduce_norm(x, y, peers, w, n, q, qs, counts, ROWS: tl.constexpr, TIMES:
                 area = tl.sum(tl.where(r == other, areas, 0), 0)
                 tl.store(place(area, side + rank, row, i, D, SLOTS), v, mask=inside)
         if PHASES != PUSH:
-            even, odd = tl.zeros((BD // 2,), tl.float32), tl.zeros((BD // 2,), tl.float32)
-            for other in tl.static_range(RANKS):
-                source = place(own, side + other, row, i, D, SLOTS)
-                v = tl.load(source, mask=inside, other=0, volatile=True)
-                while tl.max(tl.where(inside & ((v >> 32).to(tl.int32) != epoch), 1, 0), 0) > 0:
-                    v = tl.load(source, mask=inside, other=0, volatile=True)
-                pair = v.to(tl.int32)
-                even += (pair << 16).to(tl.float32, bitcast=True)
-                odd += (pair & -65536).to(tl.float32, bitcast=True)
+            even, odd = pulled(own, side, epoch, row, i, D, BD, SLOTS, RANKS)
             tl.store(epochs + row, epoch)
             total = tl.interleave(even, odd).to(tl.bfloat16)
             tl.store(y + row * D + d, total, mask=d < D)
