@@ -1,11 +1,11 @@
-"""Weights in the order kernels read them: one sequential stream a tile of 16 output rows.
+"""Weights in the order kernels read them: one sequential stream, which the processor fetches ahead by itself.
 
     tiles    linear [N, K], experts [E, N, K]     gate_up  experts [E, 2I, H]: a tile is 8 gate rows and their 8 up rows
-        f32, bf16        w [tile, K, 16]
+        f32, bf16        w [pair of tiles, K, 2, 16]; behind them [K, 16], the last tile of an odd number
         int8 x f32       w [tile, Kp, 16] int8                              s [tile, Kp/32, 16] f16
         int4 x f32       w [tile, Kp/2, 16]: low nibble k=2i, high 2i+1     s as above; nibbles are code + 8
-        int8 x int8      w [tile, Kp/4, 16, 4] int8                         s as above
-        int4 x int8      w [tile, Kp/8, 16, 4]: low nibbles k=8i..8i+3, high 8i+4..8i+7
+        int8 x int8      w [tile, Kp/32, ...]: [8, 16, 4] int8, then the group's scales [16] f16
+        int4 x int8      w [tile, Kp/32, ...]: [4, 16, 4], low nibbles k=8i..8i+3, high 8i+4..8i+7; then the scales
     rows     embedding table [V, H], f32 or bf16, as it is
     vector   anything, f32, as it is                channels  conv weight [C, W] as f32 [W, C]
     rope     rotary frequencies, f32, and a factor of cos and sin behind them, 1
@@ -51,7 +51,7 @@ def pack(layout: str, encoding: Encoding, weight: Weight) -> dict[str, np.ndarra
 
 def row_block(layout: str) -> int:
     """Rows of a matrix that `pack` can be given apart from the rest; 0: it wants the whole matrix."""
-    return {"tiles": TILE, "rows": 1}.get(layout, 0)
+    return {"tiles": 2 * TILE, "rows": 1}.get(layout, 0)
 
 
 def sizes(layout: str, encoding: Encoding, shape: tuple[int, ...]) -> dict[str, tuple[str, int]]:
@@ -68,7 +68,10 @@ def sizes(layout: str, encoding: Encoding, shape: tuple[int, ...]) -> dict[str, 
     count = prod(shape[:-2]) * rows
     if not quantized(encoding):
         return {"w": (encoding.format, count * depth * bits // 8)}
-    return {"w": (encoding.format, count * padded(depth) * bits // 8), "s": ("f16", count * group_count(depth) * 2)}
+    codes, scales = count * padded(depth) * bits // 8, count * group_count(depth) * 2
+    if encoding.activations == "int8":
+        return {"w": (encoding.format, codes + scales)}
+    return {"w": (encoding.format, codes), "s": ("f16", scales)}
 
 
 def interleave(gate_up: Weight) -> Weight:
@@ -88,11 +91,21 @@ def pack_tiles(encoding: Encoding, matrix: Weight) -> dict[str, np.ndarray]:
     """One [N, K] matrix as tiles, flat."""
     codes, scales = quantize(matrix, encoding)
     if scales is None or not quantized(encoding):
-        return {"w": tiles_of(codes).reshape(-1)}
+        return {"w": in_pairs(tiles_of(codes))}
     words = nibbles(codes, encoding.activations) if encoding.format == "int4" else codes
-    if encoding.activations == "int8":
-        words = words.view(np.int32)  # four bytes of a row stay together
-    return {"w": tiles_of(words).reshape(-1), "s": tiles_of(scales.view(np.uint16)).reshape(-1)}
+    scales_of = tiles_of(scales.view(np.uint16))
+    if encoding.activations == "f32":
+        return {"w": tiles_of(words).reshape(-1), "s": scales_of.reshape(-1)}
+    codes_of = tiles_of(words.view(np.int32))  # four bytes of a row stay together
+    parts = [x.reshape(*scales_of.shape[:2], -1).view(np.uint8) for x in (codes_of, scales_of)]
+    return {"w": np.concatenate(parts, -1).reshape(-1)}
+
+
+def in_pairs(tiles: np.ndarray) -> np.ndarray:
+    """[tiles, K, 16] -> flat, two tiles side by side, the last of an odd number alone."""
+    even = len(tiles) // 2 * 2
+    pairs = tiles[:even].reshape(-1, 2, *tiles.shape[1:]).swapaxes(1, 2)
+    return np.concatenate([pairs.reshape(-1), tiles[even:].reshape(-1)])
 
 
 def tiles_of(matrix: np.ndarray) -> np.ndarray:

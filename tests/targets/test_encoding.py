@@ -23,6 +23,7 @@ from qcn_compile.targets.tvm.packing import interleave, pack, sizes
 
 RNG = np.random.default_rng(0)
 W = (RNG.standard_normal((19, 70)) * 0.05).astype(np.float32)
+TALL = (RNG.standard_normal((40, 70)) * 0.05).astype(np.float32)
 
 
 @pytest.mark.parametrize(("format_", "step"), [("int8", 127), ("int4", 8)])
@@ -122,20 +123,33 @@ def test_tiles_by_their_definition(format_: str, activations: str) -> None:
     if activations == "int8" and not format_.startswith("int"):
         pytest.skip("float weights take float activations")
     encoding = Encoding(format_, 32, activations)
-    codes, _ = quantize(W, encoding)
-    line = pack("tiles", encoding, W)["w"]
-    for row, k in ((0, 0), (0, 9), (7, 5), (15, 69), (16, 3), (18, 68), (18, 37)):
+    codes, scales = quantize(TALL, encoding)
+    line = pack("tiles", encoding, TALL)["w"]
+    for row, k in ((0, 0), (0, 9), (7, 5), (15, 69), (16, 3), (18, 68), (18, 37), (33, 1), (39, 69)):
         tile, lane, depth = row // 16, row % 16, codes.shape[1]
-        if format_ == "int4" and activations == "int8":
-            byte = line.view(np.uint8).reshape(-1, depth // 8, 16, 4)[tile, k // 8, lane, k % 4]
-            value = int(byte >> (4 * (k % 8 // 4)) & 15) - 8
+        if activations == "int8":
+            value, scale = coded_at(line, format_, depth, row, k)
+            assert scales is not None and scale == scales[row, k // 32], (row, k)
         elif format_ == "int4":
             value = int(line.reshape(-1, depth // 2, 16)[tile, k // 2, lane] >> (4 * (k % 2)) & 15) - 8
-        elif activations == "int8":
-            value = line.view(np.int8).reshape(-1, depth // 4, 16, 4)[tile, k // 4, lane, k % 4]
-        else:
+        elif format_ == "int8":
             value = line.reshape(-1, depth, 16)[tile, k, lane]
+        elif tile == 2:  # the last of three
+            value = line[2 * depth * 16:].reshape(depth, 16)[k, lane]
+        else:
+            value = line[:2 * depth * 16].reshape(depth, 2, 16)[k, tile, lane]
         assert value == codes[row, k], (row, k)
+
+
+def coded_at(line: np.ndarray, format_: str, depth: int, row: int, k: int) -> tuple[int, np.float16]:
+    """Code and scale of one weight in a stream for int8 activations."""
+    size = 256 if format_ == "int4" else 512
+    group = line.view(np.uint8).reshape(-1, depth // 32, size + 32)[row // 16, k // 32]
+    lane, inside, scales = row % 16, k % 32, group[size:].view(np.float16)
+    if format_ == "int4":
+        byte = group[:size].reshape(4, 16, 4)[inside // 8, lane, k % 4]
+        return int(byte >> (4 * (inside % 8 // 4)) & 15) - 8, scales[lane]
+    return int(group[:size].view(np.int8).reshape(8, 16, 4)[inside // 4, lane, k % 4]), scales[lane]
 
 
 def test_ties_go_to_the_positive_value() -> None:
@@ -157,8 +171,9 @@ def test_what_is_coded_already_is_taken_as_it_is() -> None:
 
 def test_f32_tiles_by_hand() -> None:
     w = np.arange(17 * 3, dtype=np.float32).reshape(17, 3)
-    tiles = pack("tiles", Encoding("f32"), w)["w"].reshape(2, 3, 16)
-    assert np.array_equal(tiles[0].T, w[:16]) and np.array_equal(tiles[1].T[0], w[16]) and not tiles[1][:, 1:].any()
+    tiles = pack("tiles", Encoding("f32"), w)["w"].reshape(3, 2, 16)
+    assert np.array_equal(tiles[:, 0].T, w[:16]) and np.array_equal(tiles[:, 1].T[0], w[16])
+    assert not tiles[:, 1, 1:].any()
     mixed = interleave(w[:6])
     assert isinstance(mixed, torch.Tensor)
     assert np.array_equal(mixed.numpy()[[0, 1, 2, 8, 9, 10]], w[:6])

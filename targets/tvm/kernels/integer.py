@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from tvm.tirx.script.builder import ir as T
 
+from qcn_compile.targets.tvm.kernels import math
 from qcn_compile.targets.tvm.kernels.core import (
     Array,
     Arrays,
@@ -21,19 +22,18 @@ from qcn_compile.targets.tvm.kernels.core import (
     let,
     local,
     loop,
-    prefetch,
     splat,
     wide,
 )
-from qcn_compile.targets.tvm.kernels.tiles import AHEAD, GROUP, TILE, FloatTile, Tile, load_scales
+from qcn_compile.targets.tvm.kernels.tiles import GROUP, TILE, FloatTile, Tile
 
 LINE = 64  # bytes: 16 rows of 4 int8 codes, or of 8 int4 codes
 
 
-def make_tile(a: Arrays, m: Machine, depth: int, format: str, activations: str) -> Tile:
-    """The tile for a format on a machine."""
+def make_tile(a: Arrays, m: Machine, depth: int, count: int, format: str, activations: str) -> Tile:
+    """The tile for a format on a machine; `count` of them in a matrix."""
     if activations == "f32":
-        return FloatTile(a, m, depth, format)
+        return FloatTile(a, m, depth, count, format)
     if m.arm:
         return ArmTile(a, depth, format, 4) if m.dot else NeonTile(a, depth, format, 4)
     return VnniTile(a, depth, format, m.dot) if m.dot else Avx2Tile(a, depth, format, 8)
@@ -47,21 +47,26 @@ class IntegerTile:
     def __init__(self, a: Arrays, depth: int, format: str, lanes: int) -> None:
         self.a, self.format, self.groups, self.lanes = a, format, -(-depth // GROUP), lanes
         self.lines = GROUP * TILE // LINE // (2 if format == "int4" else 1)  # lines of 64 bytes in a group
+        self.size = self.lines * LINE + 2 * TILE  # bytes of a group, its scales behind it
 
     def multiply(self, tiles: list[Expr], rows: list[Expr], stride: int, acc: Array) -> None:
         """acc[i, r] = W[tiles[i]] x[rows[r]]. Codes of x are dense, so `stride` is not used."""
         for i in range(len(tiles) * len(rows)):
             acc[i * TILE, TILE] = f32(0.0, TILE)
-        bases = [let("base", wide(tile) * (self.groups * self.lines * LINE)) for tile in tiles]
+        bases = [let("base", wide(tile) * (self.groups * self.size)) for tile in tiles]
         xq = [let(f"q{r}", row * (self.groups * GROUP // 4)) for r, row in enumerate(rows)]
         xs = [let(f"d{r}", row * self.groups) for r, row in enumerate(rows)]
         sums = local("sums", "int32", len(rows) * TILE)
         with loop("g", self.groups) as g:
-            for i, (tile, base) in enumerate(zip(tiles, bases, strict=True)):
-                self.dot(let("wat", base + g * (self.lines * LINE)), [q + g * (GROUP // 4) for q in xq],
-                         [self.a.xz[d + g] for d in xs], sums)
-                self._add(load_scales(self.a.s, tile, self.groups, g, self.lanes), [d + g for d in xs], sums, acc,
-                          i * len(rows) * TILE)
+            for i, base in enumerate(bases):
+                at = let("wat", base + g * self.size)
+                self.dot(at, [q + g * (GROUP // 4) for q in xq], [self.a.xz[d + g] for d in xs], sums)
+                self._add(self._scales(at + self.lines * LINE), [d + g for d in xs], sums, acc, i * len(rows) * TILE)
+
+    def _scales(self, at: Expr) -> list[Expr]:
+        """The f16 scales of 16 rows from byte `at` on, as f32 vectors."""
+        raw = [self.a.w[at + 2 * v, 2 * self.lanes] for v in range(0, TILE, self.lanes)]
+        return [let("scale", math.half(T.reinterpret(f"uint16x{self.lanes}", bytes_))) for bytes_ in raw]
 
     def _add(self, scales: list[Expr], xs: list[Expr], sums: Array, acc: Array, first: int) -> None:
         """acc[first:] += scale_w * (sums * scale_x)."""
@@ -84,7 +89,6 @@ class DotTile(IntegerTile):
         for r, z in enumerate(xz):
             sums[r * TILE, TILE] = splat(z if self.biased else T.int32(0), TILE)
         for b in range(self.lines):
-            prefetch(self.a.w, at + b * LINE + AHEAD)
             for v in range(TILE // self.lanes):
                 raw = let("raw", self.a.w[at + b * LINE + v * 4 * self.lanes, 4 * self.lanes])
                 for i, codes in enumerate(self._codes(raw)):
@@ -160,7 +164,6 @@ class Avx2Tile(IntegerTile):
         for r in range(len(xq)):
             halves[r * 32, 32] = splat(T.int16(0), 32)
         for b in range(self.lines):
-            prefetch(self.a.w, at + b * LINE + AHEAD)
             for v in range(2):
                 raw = let("raw", self.a.w[at + b * LINE + v * 32, 32])
                 for high in range(2):
@@ -179,7 +182,6 @@ class Avx2Tile(IntegerTile):
         for r in range(len(xq)):
             sums[r * TILE, TILE] = i32(0, TILE)
         for b in range(self.lines):
-            prefetch(self.a.w, at + b * LINE + AHEAD)
             for v in range(2):
                 w = let("w", self.a.w[at + b * LINE + v * 32, 32])
                 size = let("size", _sign(w, w))

@@ -40,11 +40,11 @@ def linear(symbol: str, m: Machine, *, n: int, k: int, fmt: str, act: str, rows:
            many: bool, add: str, stride_r: int) -> Function:
     """y[t] = W x[t] (+ r[t] with add=rows, + r with add=bias). x [rows, k], W tiles of [n, k] -> y [rows, n]."""
     extra = {"r": "float32"} if add else {}
-    f = Function(symbol, **input_params(act), **weight_params(fmt), **extra, y="float32", counts="int32")
+    f = Function(symbol, **input_params(act), **weight_params(fmt, act), **extra, y="float32", counts="int32")
     with f as a:
         tokens = let("tokens", count(a, rows, times))
-        tile = make_tile(a, m, k, fmt, act)
         tiles, sizes = -(-n // TILE), block_sizes(m, act, many)
+        tile = make_tile(a, m, k, tiles, fmt, act)
         with parallel("item", -(-tiles // tile.together)) as item:
             def body(first: Expr, size: int, columns: list[Expr]) -> None:
                 acc = local("acc", "float32", len(columns) * size * TILE)

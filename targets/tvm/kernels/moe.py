@@ -158,11 +158,11 @@ def _clamped(e: Expr, experts: int) -> Expr:
 def moe_up(symbol: str, m: Machine, *, experts: int, slots: int, hidden: int, inner: int, fmt: str, act: str,
            stride: int, many: bool) -> Function:
     """h[pair] = silu(gate_e x[token]) * (up_e x[token]). Rows of h are padded to 8: [pairs, ceil8(inner)]."""
-    f = Function(symbol, **input_params(act), **weight_params(fmt), plan="int32", h="float32")
+    f = Function(symbol, **input_params(act), **weight_params(fmt, act), plan="int32", h="float32")
     half, tiles = TILE // 2, -(-inner // (TILE // 2))
     sizes = block_sizes(m, act, many)
     with f as a:
-        tile = make_tile(a, m, hidden, fmt, act)
+        tile = make_tile(a, m, hidden, tiles, fmt, act)
 
         def store(acc: Array, r: int, pair: Expr, j: Expr) -> None:
             gate, up = acc[r * TILE, half], acc[r * TILE + half, half]
@@ -175,11 +175,11 @@ def moe_up(symbol: str, m: Machine, *, experts: int, slots: int, hidden: int, in
 def moe_down(symbol: str, m: Machine, *, experts: int, hidden: int, inner: int, fmt: str, act: str,
              many: bool) -> Function:
     """o[pair] = down_e h[pair]. Rows of o are padded to 16: [pairs, ceil16(hidden)]."""
-    f = Function(symbol, **input_params(act), **weight_params(fmt), plan="int32", o="float32")
+    f = Function(symbol, **input_params(act), **weight_params(fmt, act), plan="int32", o="float32")
     tiles = -(-hidden // TILE)
     sizes = block_sizes(m, act, many)
     with f as a:
-        tile = make_tile(a, m, inner, fmt, act)
+        tile = make_tile(a, m, inner, tiles, fmt, act)
 
         def store(acc: Array, r: int, pair: Expr, j: Expr) -> None:
             a.o[wide(pair) * (tiles * TILE) + j * TILE, TILE] = acc[r * TILE, TILE]

@@ -20,7 +20,6 @@ from qcn_compile.targets.tvm.kernels.core import (
     i32,
     let,
     loop,
-    prefetch,
     splat,
     vector,
     when,
@@ -28,7 +27,6 @@ from qcn_compile.targets.tvm.kernels.core import (
 )
 
 TILE, GROUP = 16, 32
-AHEAD = 4096  # bytes of weights asked for before they are needed
 CODES = {"f32": "float32", "bf16": "uint16", "int8": "int8", "int4": "uint8"}
 
 
@@ -42,9 +40,9 @@ class Tile(Protocol):
         ...
 
 
-def weight_params(format: str) -> dict[str, str]:
-    """Kernel parameters of a weight: codes, and scales when it has them."""
-    return {"w": CODES[format]} | ({"s": "uint16"} if format in ("int8", "int4") else {})
+def weight_params(format: str, activations: str) -> dict[str, str]:
+    """Kernel parameters of a weight: codes, and the scales of codes that meet f32 activations."""
+    return {"w": CODES[format]} | ({"s": "uint16"} if format in ("int8", "int4") and activations == "f32" else {})
 
 
 def input_params(activations: str) -> dict[str, str]:
@@ -95,13 +93,14 @@ def tile_range(tile: Tile, count: int, item: Expr) -> tuple[Expr, Expr, list[Exp
 class FloatTile:
     """f32 activations; weights are widened or dequantised in registers.
 
-    One chain of additions alone would wait for itself, so a lone token takes two tiles at once.
+    One chain of additions alone would wait for itself, so a lone token takes two tiles at once. They lie side by side,
+    as one stream. `count`: tiles of one matrix.
     """
 
     together = 2
 
-    def __init__(self, a: Arrays, m: Machine, depth: int, format: str) -> None:
-        self.a, self.m, self.depth, self.format = a, m, depth, format
+    def __init__(self, a: Arrays, m: Machine, depth: int, count: int, format: str) -> None:
+        self.a, self.m, self.depth, self.count, self.format = a, m, depth, count, format
         self.coded, self.groups = format in ("int8", "int4"), -(-depth // GROUP)
 
     def multiply(self, tiles: list[Expr], rows: list[Expr], stride: int, acc: Array) -> None:
@@ -109,9 +108,9 @@ class FloatTile:
             acc[i * TILE, TILE] = f32(0.0, TILE)
         starts = [let(f"x{r}", row * (stride or self.depth)) for r, row in enumerate(rows)]
         if not self.coded:
-            bases = [let("base", wide(tile) * (self.depth * TILE)) for tile in tiles]
+            places = [self._place(tile) for tile in tiles]
             unroll = 8 if len(starts) == 1 else 4
-            self._steps(0, self.depth, unroll, lambda k: [self._plain(base, k) for base in bases], starts, acc)
+            self._steps(0, self.depth, unroll, lambda k: [self._plain(*place, k) for place in places], starts, acc)
             return
         size = self.groups * GROUP * TILE // (2 if self.format == "int4" else 1)
         bases = [let("base", wide(tile) * size) for tile in tiles]
@@ -141,10 +140,19 @@ class FloatTile:
         for u in range(count % unroll):
             step(first + count // unroll * unroll + u)
 
-    def _plain(self, base: Expr, k: Expr) -> list[Expr]:
+    def _place(self, tile: Expr) -> tuple[Expr, Expr]:
+        """Where a tile starts, and how far its next input is: two tiles lie side by side, the last of an odd number
+        alone."""
+        within = T.floormod(tile, self.count)
+        second = let("second", T.floormod(within, 2))
+        start = let("base", wide(tile - second) * (self.depth * TILE) + second * TILE)
+        if self.count % 2 == 0:
+            return start, 2 * TILE
+        return start, let("step", T.Select(within == self.count - 1, T.int32(TILE), T.int32(2 * TILE)))
+
+    def _plain(self, base: Expr, step: Expr, k: Expr) -> list[Expr]:
         lanes = self.m.lanes
-        at = let("at", base + k * TILE)
-        prefetch(self.a.w, at + AHEAD // (4 if self.format == "f32" else 2))
+        at = let("at", base + k * step)
         raw = [self.a.w[at + v * lanes, lanes] for v in range(TILE // lanes)]
         return [let(f"w{v}", r if self.format == "f32" else math.widen(r)) for v, r in enumerate(raw)]
 

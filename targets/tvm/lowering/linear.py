@@ -13,8 +13,9 @@ ZERO = {"int4": 8, "int8": 128}  # what kernels may add to codes of weights to m
 
 
 def weight_refs(site: Site, index: int, layout: str, encoding: Encoding) -> list[Ref]:
-    """Codes, and scales when there are any."""
-    return [site.blob(index, layout, part) for part in (("w", "s") if quantized(encoding) else ("w",))]
+    """Codes, and their scales unless they lie among them."""
+    apart = quantized(encoding) and encoding.activations == "f32"
+    return [site.blob(index, layout, part) for part in (("w", "s") if apart else ("w",))]
 
 
 def quantized_input(name: str, x: Ref, capacity: int, depth: int, encoding: Encoding, stride: int, threads: bool,
