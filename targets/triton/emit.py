@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from importlib import import_module
+from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,18 @@ def _prepare() -> None:
     """Cubins without source paths are the same bytes everywhere; a test's interpreter must not reach the worker."""
     os.environ["TRITON_DISABLE_LINE_INFO"] = "1"
     os.environ.pop("TRITON_INTERPRET", None)
+    os.environ.setdefault("TRITON_PTXAS_PATH", ptxas())
+
+
+def ptxas() -> str:
+    """The assembler for NVIDIA cards before Blackwell. Not Triton's own: 12.8 can lose the upper half of a wgmma
+    descriptor (tests/targets/triton/test_assembler.py), and a product is silently wrong then. Raises UsageError."""
+    package = find_spec("nvidia.cuda_nvcc")
+    for folder in package.submodule_search_locations or () if package is not None else ():
+        if (path := Path(folder) / "bin" / "ptxas").is_file():
+            return str(path)
+    raise UsageError("no ptxas 12.9 to assemble GPU kernels with: pip install nvidia-cuda-nvcc-cu12==12.9.86, or name "
+                     "another one in TRITON_PTXAS_PATH")
 
 
 def _gfx(card: Hardware) -> str:
