@@ -65,8 +65,8 @@ def _command(parser: argparse.ArgumentParser) -> Iterator[str]:
         yield "| flag | meaning |\n|---|---|"
     for action in rows:
         names = ", ".join(action.option_strings) or str(action.metavar or action.dest).upper()
-        kinds = "\\|".join(map(str, action.choices or ())) or str(action.metavar or action.dest.upper())
-        value = "" if action.nargs == 0 or not action.option_strings else f" {kinds}"
+        kinds = "|".join(map(str, action.choices or ())) or str(action.metavar or action.dest.upper())
+        value = "" if action.nargs == 0 or not action.option_strings else " " + kinds.replace("|", "\\|")
         text = (action.help or "").replace("%(default)s", str(action.default)).replace("|", "\\|")
         yield f"| `{names}{value}` | {text} |"
     yield ""

@@ -66,7 +66,7 @@ def parser() -> argparse.ArgumentParser:
     debug = top.add_argument_group("looking inside")
     debug.add_argument("--verify", action="store_true", help="run the verifier after every pass")
     debug.add_argument("--print-ir-after", default="", metavar="PASS|all", help="print the graph after a pass")
-    debug.add_argument("--dump-dir", type=Path, help="write the graph after each pass as .qir files")
+    debug.add_argument("--dump-dir", type=Path, help="write the graph as traced and after each pass as .qir files")
     debug.add_argument("--stop-after", default="", metavar="PASS", help="stop the pipeline there and print the graph")
     debug.add_argument("--disable-pass", action="append", default=[], metavar="PASS", help="leave a pass out")
     debug.add_argument("--time-passes", action="store_true", help="print seconds and op counts per pass")

@@ -66,9 +66,9 @@ def default_passes(base: str = "f32", quant: str = "none", activations: str = "f
 class Tracing:
     """What to show while passes run.
 
-    verify: run the verifier after each. print_after: names of passes, or "all". dump_dir: a folder for the graph after
-    each. stop_after: the last pass to run. times: filled with (pass, seconds, ops before, ops after). stages: when a
-    dict, filled with the text of the graph where a pass changed it.
+    verify: run the verifier after each. print_after: names of passes, or "all". dump_dir: a folder for the graph as
+    traced and after each. stop_after: the last pass to run. times: filled with (pass, seconds, ops before, ops after).
+    stages: when a dict, filled with the text of the graph where a pass changed it.
     """
 
     verify: bool = False
@@ -163,6 +163,8 @@ class Pipeline:
         graph = graph.clone()
         if tracing.stages is not None:
             tracing.stages[stage_name(graph, 0, "traced")] = print_graph(graph)
+        if tracing.dump_dir:
+            _dump(graph, 0, "traced", tracing.dump_dir)
         for index, item in enumerate(self.passes):
             graph = _run_one(item, index, graph, context, tracing)
             if item.name == tracing.stop_after:
@@ -181,14 +183,17 @@ def _run_one(item: Pass, index: int, graph: Graph, context: PassContext, tracing
         raise _with_repro(item, index, saved, tracing, error) from error
     tracing.times.append((item.name, time.perf_counter() - started, before, len(graph.ops)))
     if tracing.dump_dir:
-        tracing.dump_dir.mkdir(parents=True, exist_ok=True)
-        name = f"{graph.name}-{index + 1:02d}-{item.name}.qir"
-        (tracing.dump_dir / name).write_text(print_graph(graph), encoding="utf-8")
+        _dump(graph, index + 1, item.name, tracing.dump_dir)
     if tracing.stages is not None:
         _keep_stage(tracing.stages, stage_name(graph, index + 1, item.name), print_graph(graph))
     if item.name in tracing.print_after or "all" in tracing.print_after:
         print(f"// after {item.name}\n{print_graph(graph)}", flush=True)
     return graph
+
+
+def _dump(graph: Graph, index: int, name: str, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{graph.name}-{index:02d}-{name}.qir").write_text(print_graph(graph), encoding="utf-8")
 
 
 def stage_name(graph: Graph, index: int, name: str) -> str:

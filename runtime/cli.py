@@ -64,7 +64,8 @@ def parser() -> argparse.ArgumentParser:
     s.add_argument("--top-k", type=int, metavar="N", help="the N likeliest tokens only; 0 is all")
     s.add_argument("--top-p", type=float, metavar="X", help="the likeliest tokens that hold this much probability")
     s.add_argument("--min-p", type=float, metavar="X", help="tokens at least this likely relative to the likeliest")
-    s.add_argument("--repetition-penalty", type=float, metavar="X")
+    s.add_argument("--repetition-penalty", type=float, metavar="X",
+                   help="over 1: tokens that were there already become less likely (default 1)")
     s.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same text")
     s.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated")
     m = p.add_argument_group("machine")

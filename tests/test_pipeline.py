@@ -113,8 +113,8 @@ def test_tracing_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         ("canonicalize", 3, 2), ("fuse-epilogue", 2, 1)]
     assert "// after fuse-epilogue" in capsys.readouterr().out
     dumped = sorted(tmp_path.iterdir())
-    assert [p.name for p in dumped] == ["main-01-canonicalize.qir", "main-02-fuse-epilogue.qir"]
-    assert dumped[1].read_text() == print_graph(graph)
+    assert [p.name for p in dumped] == ["main-00-traced.qir", "main-01-canonicalize.qir", "main-02-fuse-epilogue.qir"]
+    assert dumped[0].read_text() == print_graph(parse_graph(TEXT)) and dumped[2].read_text() == print_graph(graph)
 
 
 def test_a_failing_pass_leaves_its_input_and_the_command(tmp_path: Path, broken: type[Pass]) -> None:

@@ -24,7 +24,11 @@ VIEWS = {
     "verify": "check every file against its hash, read every plan and graph",
     "profile": "run a prompt and 32 steps, time each op, measure the machine's limits",
 }
-OTHERS = ("diff", "targets", "device")
+OTHERS = {
+    "diff": "what differs between two builds: decisions, ops, passes, plans, kernels, sizes, tools",
+    "device": "bytes that a GPU build takes on its card when loaded",
+    "targets": "the chips that builds can be made for, each figure with its source",
+}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -43,18 +47,15 @@ def parser() -> argparse.ArgumentParser:
             sub.add_argument("--source", metavar="KERNEL", help="print the source of the kernel whose name begins so")
         if name == "summary":
             sub.add_argument("--html", type=Path, metavar="FILE", help="write a self-contained page about the build")
-    sub = commands.add_parser("diff", help="what differs between two builds")
-    sub.add_argument("build", type=Path)
-    sub.add_argument("other", type=Path)
-    sub.add_argument("--json", action="store_true", help="print the data as JSON")
-    sub = commands.add_parser("device", help="bytes that a GPU build takes on its card when loaded")
-    sub.add_argument("build", type=Path)
+    for name, text in OTHERS.items():
+        sub = commands.add_parser(name, help=text, description=text)
+        for place in {"diff": ("build", "other"), "device": ("build",), "targets": ()}[name]:
+            sub.add_argument(place, type=Path, help="directory written by qcn-compile")
+        sub.add_argument("--json", action="store_true", help="print the data as JSON")
+    sub = commands.choices["device"]
     sub.add_argument("--context-length", type=int, metavar="N", help="longest sequence (default: the build's)")
     sub.add_argument("--max-running-requests", type=int, default=4, metavar="N", help="sequences at once (default 4)")
     sub.add_argument("--embedding-on-host", action="store_true", help="the table of tokens in host memory")
-    sub.add_argument("--json", action="store_true", help="print the data as JSON")
-    sub = commands.add_parser("targets", help="the chips that builds can be made for")
-    sub.add_argument("--json", action="store_true", help="print the data as JSON")
     return top
 
 

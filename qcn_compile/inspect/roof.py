@@ -9,14 +9,17 @@ from qcn_compile.inspect.profile import Measured
 
 
 def roof(build: Build, measured: Measured | None = None) -> dict[str, Any] | None:
-    """name, bandwidth in GB/s, flops in GFLOP/s and where they come from; None when nobody knows them."""
+    """name, bandwidth in GB/s, flops in GFLOP/s and where they come from; None when nobody knows them.
+
+    A CPU build without figures of its own is drawn under those that the planner took for this machine.
+    """
     from qcn_compile.targets.spec import catalogue
 
     if measured is not None and measured.limits:
         return {"name": "this machine", "bandwidth": measured.limits["read"], "flops": measured.limits["flops"],
                 "source": "read of memory and fp32 products, measured with the profile"}
     target = build.manifest.target
-    for name in (target.get("mcpu"), target.get("name")):
+    for name in (target.get("mcpu"), target.get("name"), "host" if target.get("kind") == "cpu" else None):
         chip = catalogue().get(str(name))
         if chip is not None and chip.bandwidth is not None and chip.flops is not None:
             return {"name": chip.name, "bandwidth": chip.bandwidth.value, "flops": chip.flops.value,

@@ -162,13 +162,23 @@ def diff(data: dict[str, Any]) -> Iterator[str]:
     yield f"{data['a']} -> {data['b']}" + (": no difference" if data["same"] else "")
     for part in ("target", "decision", "bytes", "tools", "passes"):
         for key, (a, b) in data[part].items():
-            yield f"  {part:9} {key}: {a} -> {b}"
+            yield f"  {part:9} {key}: {_short(a)} -> {_short(b)}"
     for part in ("ops", "plans"):
         for name, changes in data[part].items():
-            yield f"  {part:9} {name}: " + ", ".join(f"{key} {a} -> {b}" for key, (a, b) in changes.items())
+            yield f"  {part:9} {name}: " + ", ".join(f"{key} {_short(a)} -> {_short(b)}"
+                                                     for key, (a, b) in changes.items())
     for side, names in data["kernels"].items():
         for name in names:
             yield f"  kernel    {side}: {name}"
+
+
+def _short(value: Any) -> Any:
+    """For a line of a difference: few digits, hashes by their beginning, what is not there as a dash."""
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return value[:12] if isinstance(value, str) and len(value) == 64 else value
 
 
 def verify(data: dict[str, Any]) -> Iterator[str]:

@@ -48,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
                             formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--url", required=True, help="the server, with or without /v1")
     p.add_argument("--model", metavar="NAME", help="default: the first one that /v1/models names")
-    p.add_argument("--api-key", metavar="KEY")
+    p.add_argument("--api-key", metavar="KEY", help="a key that the server takes")
     p.add_argument("--api", choices=("chat", "completions"), default="chat", help="default chat")
     w = p.add_argument_group("what is sent")
     w.add_argument("--input-tokens", type=int, default=512, metavar="N", help="first prompt (default 512)")

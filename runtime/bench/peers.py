@@ -17,7 +17,7 @@ TEXT = "int4 and int8 on this CPU beside llama.cpp and transformers (needs a git
 
 def add_parser(commands: Any) -> None:
     """The subcommand, into those of qcn-bench; its flags are the module's."""
-    commands.add_parser("cpu", help=TEXT, add_help=False)
+    commands.add_parser("cpu", help=TEXT, description=f"{TEXT}; `qcn-bench cpu --help` lists its flags", add_help=False)
 
 
 def run(words: Sequence[str]) -> int:

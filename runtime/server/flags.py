@@ -38,8 +38,8 @@ def add_server_flags(parser: argparse.ArgumentParser) -> None:
     s.add_argument("--api-key", action="append", default=[], metavar="KEY", help="may be repeated: each key is valid")
     s.add_argument("--cors-origin", action="append", default=[], metavar="ORIGIN",
                    help="web pages of this origin may call; * is all; may be repeated (default: none)")
-    s.add_argument("--ssl-certfile", type=Path, metavar="FILE")
-    s.add_argument("--ssl-keyfile", type=Path, metavar="FILE")
+    s.add_argument("--ssl-certfile", type=Path, metavar="FILE", help="certificate, PEM: serve over https")
+    s.add_argument("--ssl-keyfile", type=Path, metavar="FILE", help="its private key, PEM")
     s.add_argument("--request-timeout", type=float, metavar="S", help="most seconds a request may take (default: any)")
     s.add_argument("--drain-timeout", type=float, default=30.0, metavar="S",
                    help="seconds that running requests get after SIGTERM (default 30)")

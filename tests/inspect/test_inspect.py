@@ -14,9 +14,12 @@ from inspected import traced
 import qcn_compile as qcn
 from qcn_compile.inspect import cli
 from qcn_compile.inspect.build import Build
+from qcn_compile.inspect.page import page_data
+from qcn_compile.inspect.profile import Measured
 from qcn_compile.inspect.show import plot
 from qcn_compile.ir.text import parse_graph
 from qcn_compile.ir.view import critical_path, digraph, layers
+from qcn_compile.targets.spec import hardware
 
 COMMANDS = ["summary", "ops", "kernels", "memory", "decisions", "passes", "verify"]
 TEXT = """graph @main(%x: f32[T,4], %batch: batch) {
@@ -78,6 +81,14 @@ def test_kernels_have_source_and_predicted_and_measured_time(build: Path, tmp_pa
     assert "T.prim_func" in source
     assert cli.main(["kernels", str(build), "--source", "linear"]) == 2
     assert "several kernels begin so" in capsys.readouterr().err
+
+
+def test_without_a_profile_the_planners_limits_give_roof_and_times(build: Path) -> None:
+    made = page_data(Build.open(build), Measured())
+    chip = hardware("host")
+    assert (made["roof"]["bandwidth"], made["roof"]["flops"]) == (chip.bandwidth.value, chip.flops.value)
+    assert "yours differs" in made["roof"]["source"]
+    assert all(row["predicted"] and not row["measured"] for row in made["kernels"] if any(row["bytes"].values()))
 
 
 def test_bytes_count_at_the_kernel_that_reads_them(build: Path) -> None:

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 
 from qcn_compile.inspect import cli
+from qcn_compile.inspect.build import Build
+from qcn_compile.inspect.views import decisions
 
 api = pytest.importorskip("playwright.sync_api")
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -120,6 +122,15 @@ def test_plans_can_be_chosen(page: Any) -> None:
     before = page.locator("#memnote").inner_text()
     page.locator("#mplan").select_option("main-prefill-512")
     assert page.locator("#memnote").inner_text() != before
+
+
+def test_decisions_say_what_was_chosen_what_was_not_and_why(page: Any, build: Path) -> None:
+    data = decisions(Build.open(build))
+    rows = page.locator("#decisions tr").all_inner_texts()
+    assert any(row.startswith("format\tint4\tasked for") for row in rows)
+    for kind, key in (("not chosen", "candidates"), ("not done", "rejected")):
+        assert sum(row.startswith(kind) for row in rows) == len(data[key])
+    assert any("an error changes which experts run" in row for row in rows)
 
 
 def test_a_screenshot_shows_something(page: Any) -> None:
