@@ -113,8 +113,7 @@ def _manifest(traced: Traced, target: Target, decision: Decision, part: RankPart
 
 def _versions(kernels: int) -> dict[str, str]:
     table = {"kernels": str(kernels), "python": platform.python_version()}
-    for name in ("qcn-compile", "torch", "transformers", "apache-tvm", "triton",
-                 "nvidia-cuda-nvcc-cu12"):
+    for name in ("qcn-compile", "torch", "transformers", "apache-tvm", "triton", "nvidia-cuda-nvcc-cu12"):
         try:
             table[name] = version(name)
         except PackageNotFoundError:

@@ -51,10 +51,16 @@ def sources(value: Value) -> list[str]:
 
 
 def name_blobs(keys: Iterable[BlobKey]) -> dict[BlobKey, str]:
-    """A readable, unique name for each blob: its first weight, how many more it holds, layout and format."""
+    """A readable name for each blob: its first weight, how many more it holds, layout and format. Blobs of the same
+    content, such as the table of tokens that a draft head shares with the model, have one name."""
     table: dict[BlobKey, str] = {}
     taken: set[str] = set()
+    known: dict[tuple[object, ...], str] = {}
     for key in keys:
+        made = (_content(key.value), key.layout, key.encoding)
+        if made in known:
+            table[key] = known[made]
+            continue
         parts = sources(key.value)
         more = f"+{len(parts) - 1}" if len(parts) > 1 else ""
         stem = f"{parts[0] if parts else key.value.name}{more}:{key.layout}.{key.encoding.format}"
@@ -63,8 +69,22 @@ def name_blobs(keys: Iterable[BlobKey]) -> dict[BlobKey, str]:
             number += 1
             name = f"{stem}.{number}"
         taken.add(name)
-        table[key] = name
+        table[key] = known[made] = name
     return table
+
+
+def _content(value: Value) -> object:
+    """Equal for two weights of one checkpoint name as they are; otherwise the value itself."""
+    op = value.op
+    return (op.attrs["name"], value.tensor) if op is not None and op.name == "weight" else value
+
+
+def distinct(names: Mapping[BlobKey, str]) -> list[BlobKey]:
+    """The first blob of each name, in order."""
+    firsts: dict[str, BlobKey] = {}
+    for key, name in names.items():
+        firsts.setdefault(name, key)
+    return list(firsts.values())
 
 
 def cuts(key: BlobKey, target: Target) -> list[tuple[int, int]]:
@@ -102,8 +122,8 @@ def pack_piece(key: BlobKey, rows: Rows, cut: tuple[int, int], target: Target) -
 
 def packed(names: Mapping[BlobKey, str], source: Source, target: Target) -> Iterator[tuple[str, np.ndarray]]:
     """All blobs in memory, one after the other: u8, whole lines of 64 bytes."""
-    for key, name in names.items():
-        rows = Rows(key.value, source)
+    for key in distinct(names):
+        name, rows = names[key], Rows(key.value, source)
         pieces = [pack_piece(key, rows, cut, target) for cut in cuts(key, target)]
         for part in pieces[0]:
             line = np.concatenate([piece[part].view(np.uint8) for piece in pieces])
@@ -125,7 +145,7 @@ def plan_files(names: Mapping[BlobKey, str], target: Target, stem: str = "weight
     """Files of about 256 MB for blobs in order, laid out before a weight is read."""
     groups: list[list[BlobKey]] = []
     size = FILE_BYTES + 1
-    for key in names:
+    for key in distinct(names):
         whole = sum(part_bytes(key, key.shape[0], target).values())
         if size + whole > FILE_BYTES:
             groups.append([])

@@ -58,6 +58,16 @@ def model(target: Target) -> tuple[dict[BlobKey, str], Tensors]:
     return name_blobs(keys), Tensors(table)
 
 
+def test_graphs_share_a_weight_of_the_checkpoint() -> None:
+    """A draft head's own graph reads the model's table of tokens: one blob, written once, in each of two formats."""
+    rows = [BlobKey(weight("embed", 300, 200), "matrix", Encoding(f)) for f in ("bf16", "fp8") for _ in range(2)]
+    names = name_blobs(rows)
+    assert len(set(names.values())) == 2 and names[rows[0]] == names[rows[1]] != names[rows[2]]
+    source = Tensors({"embed": torch.ones(300, 200).bfloat16()})
+    parts = [name for name, _ in packed(names, source, GpuTarget("h100"))]
+    assert len(parts) == len(set(parts)) == 3 and len(plan_files(names, GpuTarget("h100"))) == 1
+
+
 TARGETS = [CpuTarget("x86-64-v3"), GpuTarget("h100")]
 
 
