@@ -162,6 +162,7 @@ def _front(model: str | Path | None, target: str, options: Options, clock: Clock
     with clock.stage("trace"):
         tell("trace", 0, 1)
         traced = trace_model(located, DType(chosen.dtype), options.mtp and options.weights == "dummy")
+        _entries(traced, options.mtp)  # the draft head too, or why there is none
         tell("trace", 1, 1)
     decision = decide(traced, chosen, verdict, options.dtype, options.quant, options.activations,
                       options.context_length, options.kv, options.states)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +22,22 @@ from qcn_compile.ir.types import DType
 class Traced:
     """A model as the compiler sees it.
 
-    main: tokens, positions i32 [T], batch -> logits [T, V], hidden [T, H]. mtp: the same with an input hidden [T, H];
-    None when the checkpoint has no draft head. weights: None when there are none. path: the folder of the tokenizer.
+    main: tokens, positions i32 [T], batch -> logits [T, V], hidden [T, H]. head: traces the draft head, None when the
+    checkpoint has none. weights: None when there are none. path: the folder of the tokenizer.
     """
 
     main: Graph
-    mtp: Graph | None
+    head: Callable[[], Graph] | None
     config: dict[str, Any]
     weights: WeightSource | None
     name: str
     path: Path | None
     audit: Audit | None = None
+
+    @cached_property
+    def mtp(self) -> Graph | None:
+        """As `main`, with an input hidden [T, H]: the draft head, traced when first asked for; None without one."""
+        return None if self.head is None else self.head()
 
 
 def trace_model(source: Located | PreTrainedConfig, dtype: DType = DType.f32, made_up_head: bool = False) -> Traced:
@@ -51,5 +58,5 @@ def trace_model(source: Located | PreTrainedConfig, dtype: DType = DType.f32, ma
     if checkpoint is not None:
         weights = WeightSource(checkpoint, model, mtp)
         verdict = audit(weights)
-    draft = None if mtp is None else trace_mtp(model, mtp)
-    return Traced(trace_main(model), draft, plain, weights, source.name, source.path, verdict)
+    head = None if mtp is None else partial(trace_mtp, model, mtp)
+    return Traced(trace_main(model), head, plain, weights, source.name, source.path, verdict)

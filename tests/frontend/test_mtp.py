@@ -30,7 +30,9 @@ def traced(heads):
 
 def test_graph_equals_transformers(heads, traced):
     _, mtp, _ = heads
+    assert "mtp" not in vars(traced)  # traced when first asked for: most builds have no use for it
     verify(traced.mtp)
+    assert traced.mtp is traced.mtp
     assert [v.name for v in traced.mtp.inputs] == ["tokens", "positions", "hidden", "batch"]
     assert list(traced.mtp.states) == ["kv.mtp.layers.0.mtp_block.self_attn"]
     tokens = prompts([9, 4])
