@@ -14,6 +14,7 @@ from qcn_compile.runtime.request import SamplingParams
 
 NO_NUMBERS = ("the model's logits are not finite numbers: a kernel or the weights are damaged; "
               "check the build with qcn-run --verify")
+_DEPTH = 64  # of the columns whose maxima bound the top k
 _SHORTLIST = 2048  # tokens sorted first for top-p; the whole vocabulary only when these do not hold enough mass
 
 
@@ -102,7 +103,7 @@ def distribution(row: np.ndarray, params: SamplingParams) -> tuple[np.ndarray | 
     """Tokens that may follow (None: all) and their weights, not normalised: temperature, top-k, top-p, then min-p."""
     ids = None
     if 0 < params.top_k < len(row):
-        ids = np.argpartition(row, len(row) - params.top_k)[len(row) - params.top_k:]
+        ids = largest(row, params.top_k)
     kept = row if ids is None else row[ids]
     weights = np.exp((kept.astype(np.float64) - kept.max()) / params.temperature)
     if params.top_p < 1.0:
@@ -112,6 +113,19 @@ def distribution(row: np.ndarray, params: SamplingParams) -> tuple[np.ndarray | 
         chosen = np.flatnonzero(weights >= params.min_p * weights.max())
         ids, weights = chosen if ids is None else ids[chosen], weights[chosen]
     return ids, weights
+
+
+def largest(row: np.ndarray, count: int) -> np.ndarray:
+    """Indices of the `count` largest of [N], no NaN among them, in no order.
+
+    They are not smaller than the count-th largest maximum of N/64 columns, which few others reach."""
+    columns, near = len(row) // _DEPTH, None
+    if count < columns:
+        tops = row[:columns * _DEPTH].reshape(_DEPTH, columns).max(0)
+        near = np.flatnonzero(row >= np.partition(tops, columns - count)[columns - count])
+    values = row if near is None else row[near]
+    index = np.argpartition(values, len(values) - count)[len(values) - count:]
+    return index if near is None else near[index]
 
 
 def _nucleus(weights: np.ndarray, top_p: float) -> np.ndarray:

@@ -19,7 +19,7 @@ import numpy as np
 from harness import Host, Program
 from tvm.tirx.script.builder import ir as T
 
-from qcn_compile.ir.encoding import Encoding, padded
+from qcn_compile.ir.encoding import Encoding
 from qcn_compile.ir.types import DType, StateKind, StateType
 from qcn_compile.targets.base import Bucket, Call, Kernel
 from qcn_compile.targets.cpu import CpuTarget
@@ -92,16 +92,14 @@ def linear(target: CpuTarget, n: int, k: int, form: str, tokens: int) -> Case:
     bucket = Bucket("b", tokens, tokens, tokens)
     p = Program("bench", bucket)
     p.op("linear", [p.input("x", f"f32[T,{k}]"), p.weight("w", (n, k), FORMATS[form])])
-    codes, scales = blob(form, 1, n, k)
-    return Case(f"linear {n}x{k} {form}", [c for _, c in p.lower(target)], tokens, {(1, "w"): codes, (1, "s"): scales},
-                codes + scales, 2.0 * n * k * tokens)
+    parts = blobs(target, form, 1, (n, k))
+    return Case(f"linear {n}x{k} {form}", [c for _, c in p.lower(target)], tokens, parts, sum(parts.values()),
+                2.0 * n * k * tokens)
 
 
-def blob(form: str, experts: int, n: int, k: int) -> tuple[int, int]:
-    e, tiles = FORMATS[form], padded(n, 16)
-    if e.format in ("f32", "bf16"):
-        return experts * tiles * k * (4 if e.format == "f32" else 2), 0
-    return experts * tiles * padded(k) // (1 if e.format == "int8" else 2), experts * tiles * padded(k) // 16
+def blobs(target: CpuTarget, form: str, index: int, shape: tuple[int, ...]) -> dict[tuple[int, str], int]:
+    """(operand, part) -> bytes of a weight."""
+    return {(index, part): size for part, (_, size) in target.packed_sizes("tiles", FORMATS[form], shape).items()}
 
 
 def moe(target: CpuTarget, experts: int, hidden: int, inner: int, slots: int, form: str, tokens: int) -> Case:
@@ -111,11 +109,10 @@ def moe(target: CpuTarget, experts: int, hidden: int, inner: int, slots: int, fo
                      p.input("weights", f"f32[T,{slots}]"), p.weight("u", (experts, 2 * inner, hidden), FORMATS[form]),
                      p.weight("d", (experts, hidden, inner), FORMATS[form]), p.input("r", f"f32[T,{hidden}]")],
          activation="silu")
-    up, down = blob(form, experts, 2 * inner, hidden), blob(form, experts, hidden, inner)
+    parts = blobs(target, form, 3, (experts, 2 * inner, hidden)) | blobs(target, form, 4, (experts, hidden, inner))
     share = min(1.0, tokens * slots / experts)
     return Case(f"moe {experts}x{inner}x{hidden} top {slots} {form}", [c for _, c in p.lower(target)], tokens,
-                {(3, "w"): up[0], (3, "s"): up[1], (4, "w"): down[0], (4, "s"): down[1]},
-                share * (sum(up) + sum(down)), 6.0 * slots * tokens * inner * hidden, ids=(experts, slots))
+                parts, share * sum(parts.values()), 6.0 * slots * tokens * inner * hidden, ids=(experts, slots))
 
 
 def delta(target: CpuTarget, tokens: int) -> Case:
@@ -197,7 +194,7 @@ class Bench:
         t, c = case.tokens, case.context
         pages = -(-(c + t) // 32)
         arrays = {"counts": [t, 1, t, pages], "token_seq": [0] * t, "cu_seqlens": [0, t], "context_lens": [c],
-                  "slots": [0], "block_table": list(range(pages))}
+                  "slots": [0], "into": [0], "block_table": list(range(pages))}
         made = {name: self.array(np.array(data, np.int32)) for name, data in arrays.items()}
         made["f32"] = self.array(self.rng.standard_normal(max(16384 * t, 1 << 20)).astype(np.float32))
         self.pages = pages
