@@ -79,6 +79,8 @@ def parser() -> argparse.ArgumentParser:
     m.add_argument("--prefill-chunk", "--chunked-prefill-size", type=int, metavar="N",
                    help="most prompt tokens a step; -1 is any")
     m.add_argument("--huge-pages", action="store_true", help="copy weights to huge pages: later start, faster tokens")
+    m.add_argument("--pin-threads", action="store_true", help="bind each thread to a core of its own; with "
+                   "--huge-pages its part of the weights then lies in memory near that core")
     m.add_argument("--embedding-on-host", action="store_true", help="GPU builds: keep the table of tokens in host "
                    "memory, its rows read over the bus; leaves the card more room for caches")
     add_prefix_flags(p)
@@ -183,7 +185,7 @@ def _load(arguments: argparse.Namespace, checkpoint: Checkpoint | None) -> Model
         model = load(arguments.build, context_length=arguments.context_length, threads=arguments.threads,
                      max_running_requests=running, prefill_chunk=None if chunk == -1 else chunk,
                      cache_memory=cache_budget(arguments), memory_share=arguments.mem_fraction_static,
-                     huge_pages=arguments.huge_pages,
+                     huge_pages=arguments.huge_pages, pin=arguments.pin_threads,
                      verify=arguments.verify, model=arguments.model, prefix=prefix, speculation=speculation,
                      overrides=arguments.json_model_override_args, embedding_on_host=arguments.embedding_on_host,
                      report=progress.report)

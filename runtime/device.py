@@ -115,6 +115,9 @@ class HostLibrary:
             self._symbol = self._bind(library.qcn_host_symbol, pointer, pointer, text)
             self.run = self._bind(library.qcn_host_run, integer, pointer, integer, pointer)
             self._error = self._bind(library.qcn_host_error, text)
+            long = ctypes.c_int64
+            self.read = self._bind(library.qcn_host_read, integer, integer, long, pointer, long)
+            self.region = self._bind(library.qcn_host_region_seconds, ctypes.c_double, integer)
         except AttributeError as error:
             raise ArtifactError(f"{path} is no host library of this version: {error}; build again") from None
 
@@ -206,6 +209,16 @@ class CpuDevice:
 
     def error(self) -> str:
         return self._host.error()
+
+    def read(self, file: int, at: int, into: np.ndarray) -> None:
+        """Fill u8 `into` with a file's bytes from `at` on, every thread its part: memory then lies near the thread that
+        computes with it, where threads are pinned. Raises OSError when the file ends or cannot be read."""
+        if self._host.read(file, at, address(into), into.nbytes) != 0:
+            raise OSError(self._host.error())
+
+    def region_seconds(self, count: int = 2000) -> float:
+        """What an empty parallel region costs, a mean."""
+        return float(self._host.region(count))
 
     def close(self) -> None:
         """Stop the pool when its last user leaves. Calling twice is fine."""

@@ -215,6 +215,10 @@ class Executable(Plans):
         self._launch(plan)
         return self._output("logits", rows)
 
+    def region_seconds(self) -> float:
+        """What an empty parallel region costs on this device's threads."""
+        return self._device.region_seconds()
+
     def follow(self, name: str, step: np.ndarray) -> None:
         """Run a step of rank 0: plan of that key on its packed inputs, then a draft's hidden states."""
         plan = next(plan for plan in self._every if plan.key == name)

@@ -49,7 +49,7 @@ def open_cpu(path: Path, manifest: Manifest, memory: MemoryPlan, threads: int | 
         return open_ranks(path, manifest, memory, threads, pin, huge_pages, report)
     device = CpuDevice(path, usable(manifest.libraries, manifest.target, processor_flags()), threads, pin)
     try:
-        weights = Weights(path, manifest.weights, huge_pages, report)
+        weights = Weights(path, manifest.weights, device.read if huge_pages else None, report)
         return device, Executable(path, manifest, device, weights, memory)
     except (QcnError, OSError):
         device.close()

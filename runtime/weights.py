@@ -1,4 +1,4 @@
-"""Weight blobs: safetensors files mapped into memory, or copied once into huge pages."""
+"""Weight blobs: safetensors files mapped into memory, or copied once into huge pages, by the threads that use them."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ from qcn_compile.artifact import ALIGNMENT
 from qcn_compile.errors import ArtifactError
 from qcn_compile.runtime.device import address, allocate, collapse
 
-_BLOCK = 64 << 20
 Report = Callable[[str, int, int], None]  # what, bytes done, bytes in all
+Read = Callable[[int, int, np.ndarray], None]  # a file, where to start, the array to fill
 
 
 class Weights:
     """Blob name -> address, for as long as this object lives.
 
-    Mapped (default): pages come from the file on first use, and several processes share them. With `huge_pages` the
-    files are read into private memory: a slower start and more memory, for about a sixth more read bandwidth.
+    Mapped (default): pages come from the file on first use, and several processes share them. With `copy` (see
+    `CpuDevice.read`) the files are read into private memory in huge pages: a slower start and more memory, for about a
+    sixth more read bandwidth.
     Raises ArtifactError for a weight mode this runtime cannot serve and for damaged files.
     """
 
-    def __init__(self, build: Path, spec: dict[str, Any], huge_pages: bool = False,
+    def __init__(self, build: Path, spec: dict[str, Any], copy: Read | None = None,
                  report: Report | None = None) -> None:
         if spec.get("mode") != "copied":
             raise ArtifactError(f"{build} has weights of mode {spec.get('mode')!r}, this qcn-run reads mode 'copied'; "
@@ -38,7 +39,7 @@ class Weights:
         total = sum((build / name).stat().st_size for name in spec["files"])
         for name in spec["files"]:
             path = build / name
-            data = _copy(path, self.nbytes, total, report) if huge_pages else _map(path)
+            data = _copy(path, copy, self.nbytes, total, report) if copy else _map(path)
             self._keep.append(data)
             base = address(data)
             self._addresses |= {name: base + offset for name, offset in blobs_in(path, data).items()}
@@ -66,19 +67,19 @@ def _map(path: Path) -> np.ndarray:
     return np.frombuffer(memory, np.uint8)
 
 
-def _copy(path: Path, done: int, total: int, report: Report | None) -> np.ndarray:
-    size = path.stat().st_size
-    data = allocate(size)
-    view = data.data
+def _copy(path: Path, read: Read, done: int, total: int, report: Report | None) -> np.ndarray:
+    """The file blob by blob, so that each is divided among the threads as products with it are."""
+    mapped = _map(path)
+    data = allocate(len(mapped))
+    starts = sorted({0, *blobs_in(path, mapped).values()})
     with path.open("rb", buffering=0) as handle:
-        read = 0
-        while read < size:
-            count = handle.readinto(view[read:read + _BLOCK])
-            if not count:
-                raise ArtifactError(f"{path} ended after {read} of {size} bytes; copy the build again")
-            read += count
+        for start, stop in zip(starts, [*starts[1:], len(data)], strict=True):
+            try:
+                read(handle.fileno(), start, data[start:stop])
+            except OSError as error:
+                raise ArtifactError(f"{path} cannot be read at {start}: {error}; copy the build again") from None
             if report:
-                report("reading weights", done + read, total)
+                report("reading weights", done + stop, total)
     collapse(data)
     return data
 

@@ -38,8 +38,8 @@ def open_ranks(build: Path, manifest: Manifest, memory: MemoryPlan, threads: int
         team = Team(ranks, setup, [file], communicator.fail)
         team.ready()
         own = manifest.of_rank(0)
-        executable = Executable(build, own, device, Weights(build, own.weights, huge_pages, report), memory,
-                                communicator)
+        weights = Weights(build, own.weights, device.read if huge_pages else None, report)
+        executable = Executable(build, own, device, weights, memory, communicator)
         executable.team, executable.rows = team, TeamRows(executable.rows, team)
         return device, executable
     except (QcnError, OSError):
@@ -58,7 +58,7 @@ def open_worker(setup: Setup) -> tuple[Executable, Callable[[str], None]]:
     device = CpuDevice(setup.build, _libraries(manifest), setup.options["threads"])
     communicator = SharedMemory(device.host, setup.options["file"], setup.rank, setup.ranks, setup.deadline,
                                 setup.options["parent"], setup.options["tp"])
-    weights = Weights(setup.build, manifest.weights, setup.options["huge_pages"])
+    weights = Weights(setup.build, manifest.weights, device.read if setup.options["huge_pages"] else None)
     return Executable(setup.build, manifest, device, weights, setup.memory, communicator), communicator.fail
 
 

@@ -21,7 +21,7 @@ from qcn_compile.targets.tvm.processor import llvm_name, llvm_target, machine, v
 
 HERE = Path(__file__).parent
 HOST, KERNELS = "libqcnhost.so", "libkernels.so"
-HOST_SOURCES = ("host.c", "ranks.c")
+HOST_SOURCES = ("host.c", "memory.c", "ranks.c")
 LINK = ("-shared", "-fPIC", "-Wl,--build-id=none", "-Wl,-Bsymbolic", "-Wl,-z,noexecstack")
 Progress = Callable[[int, int], None]
 
@@ -85,7 +85,7 @@ def compiled(functions: Sequence[Any], chip: Hardware) -> Any:
 
 
 def build_host(folder: Path, machine_: str = platform.machine()) -> None:
-    """host.c and ranks.c, and the library made from them, for this machine or another."""
+    """The host's sources, and the library made from them, for this machine or another."""
     for name in HOST_SOURCES:
         shutil.copyfile(HERE / name, folder / name)
     flags = ["-O2", "-std=gnu11", "-fvisibility=hidden", *LINK, "-o", HOST, *HOST_SOURCES, "-lpthread", "-ldl"]

@@ -1,9 +1,10 @@
 /* The host of compiled kernels: a thread pool, the few symbols TVM's generated code asks for, and one call that runs a
  * whole plan. It needs libc and pthreads, nothing of TVM.
  *
- * A parallel region is cut into tasks, more of them than threads. Tasks are handed out from one atomic word
- * (generation << 32 | tasks left), so a thread that wakes late or lost its core finds nothing to do and is not waited
- * for. Which thread runs a task never changes its result: every loop index belongs to one task.
+ * A parallel region is cut into tasks, more of them than threads. Every thread owns a stretch of neighbouring tasks and
+ * takes them in order, so that it reads one stretch of memory; who is done takes the last tasks of the others. A stretch
+ * is one atomic word (generation << 32 | end << 16 | next), so a thread that wakes late or lost its core finds nothing
+ * to do and is not waited for. Which thread runs a task never changes its result: every loop index belongs to one task.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -40,7 +41,8 @@ static void fp_leave(unsigned old) { __asm__ __volatile__("msr fpcr, %0" :: "r"(
 #endif
 
 #define MAX_THREADS 512
-#define TASKS_PER_THREAD 4
+#define TASKS_PER_THREAD 8
+#define MOST_TASKS 0xffff
 #define SPIN_NS 300000 /* an idle worker spins this long before it sleeps */
 #define EXPORT __attribute__((visibility("default")))
 
@@ -51,8 +53,10 @@ typedef struct { void* sync_handle; int32_t num_task; } TaskGroup;           /* 
 typedef int (*TaskFn)(int task, TaskGroup* group, void* closure);            /* FTVMParallelLambda */
 typedef void (*RaiseFn)(const char* kind, const char** parts, int32_t count);
 
+typedef struct { _Alignas(64) atomic_uint_fast64_t tasks; } Stretch; /* generation << 32 | end << 16 | next */
+
 static struct {
-  _Alignas(64) atomic_uint_fast64_t tickets; /* generation << 32 | tasks left */
+  Stretch stretches[MAX_THREADS];
   _Alignas(64) atomic_uint generation;       /* futex word of sleeping workers */
   _Alignas(64) atomic_int done;
   _Alignas(64) atomic_int sleepers;
@@ -61,11 +65,12 @@ static struct {
   TaskFn fn;
   void* closure;
   TaskGroup group;
+  int own;     /* every thread takes the tasks of its own stretch alone */
   int threads; /* 0 before init; the caller of qcn_host_run is one of them */
   pthread_t workers[MAX_THREADS];
   int pinned;
-  pthread_t caller;
-  cpu_set_t caller_mask;
+  pid_t caller; /* the thread that was pinned beside the workers */
+  cpu_set_t allowed;
 } pool;
 
 static pthread_mutex_t run_lock = PTHREAD_MUTEX_INITIALIZER;
@@ -109,22 +114,27 @@ EXPORT void TVMFFIErrorSetRaisedFromCStrParts(const char* kind, const char** par
 
 /* ---- thread pool ---- */
 
-/* Takes one task of generation `generation`, or returns -1 when none is left or a newer region has begun. */
-static int take_task(uint32_t generation) {
-  uint64_t word = atomic_load_explicit(&pool.tickets, memory_order_acquire);
-  while ((uint32_t)(word >> 32) == generation && (uint32_t)word != 0) {
-    if (atomic_compare_exchange_weak_explicit(&pool.tickets, &word, word - 1, memory_order_acq_rel,
-                                              memory_order_acquire))
-      return pool.group.num_task - (int)(uint32_t)word; /* the region cannot end before this task is done */
+/* Takes a task of a stretch of generation `generation`, its first or its last one; -1 when none is left or a newer
+ * region has begun. The region cannot end before a task that was taken is done. */
+static int take_task(Stretch* stretch, uint32_t generation, int last) {
+  uint64_t word = atomic_load_explicit(&stretch->tasks, memory_order_acquire);
+  for (;;) {
+    uint32_t next = word & 0xffff, end = word >> 16 & 0xffff;
+    if ((uint32_t)(word >> 32) != generation || next >= end) return -1;
+    if (atomic_compare_exchange_weak_explicit(&stretch->tasks, &word, last ? word - (1 << 16) : word + 1,
+                                              memory_order_acq_rel, memory_order_acquire))
+      return (int)(last ? end - 1 : next);
   }
-  return -1;
 }
 
-static void run_tasks(uint32_t generation) {
+static void run_tasks(uint32_t generation, int thread) {
   inside_region = 1;
-  for (int task; (task = take_task(generation)) >= 0;) {
-    if (pool.fn(task, &pool.group, pool.closure) != 0) atomic_store(&pool.failed, 1);
-    atomic_fetch_add_explicit(&pool.done, 1, memory_order_release);
+  for (int i = 0; i < (pool.own ? 1 : pool.threads); ++i) {
+    Stretch* stretch = &pool.stretches[(thread + i) % pool.threads];
+    for (int task; (task = take_task(stretch, generation, i > 0)) >= 0;) {
+      if (pool.fn(task, &pool.group, pool.closure) != 0) atomic_store(&pool.failed, 1);
+      atomic_fetch_add_explicit(&pool.done, 1, memory_order_release);
+    }
   }
   inside_region = 0;
 }
@@ -140,14 +150,15 @@ static void wait_for_generation(uint32_t seen) {
   }
 }
 
-static void* worker_main(void* start) {
-  uint32_t seen = (uint32_t)(uintptr_t)start;
+static void* worker_main(void* start) { /* generation << 32 | thread */
+  uint32_t seen = (uint32_t)((uintptr_t)start >> 32);
+  int thread = (int)(uint32_t)(uintptr_t)start;
   fp_enter();
   for (;;) {
     wait_for_generation(seen);
     seen = atomic_load_explicit(&pool.generation, memory_order_acquire);
     if (atomic_load_explicit(&pool.stopping, memory_order_acquire)) return NULL;
-    run_tasks(seen);
+    run_tasks(seen, thread);
   }
 }
 
@@ -163,22 +174,30 @@ static int run_here(TaskFn fn, void* closure, int tasks) {
   return 0;
 }
 
-static int parallel_launch(TaskFn fn, void* closure, int num_task) {
-  if (pool.threads <= 1 || inside_region) return run_here(fn, closure, num_task > 0 ? num_task : 1);
-  int tasks = num_task > 0 ? num_task : pool.threads * TASKS_PER_THREAD;
+static int run_region(TaskFn fn, void* closure, int tasks, int own) {
   uint32_t generation = atomic_load_explicit(&pool.generation, memory_order_relaxed) + 1;
   pool.fn = fn;
   pool.closure = closure;
   pool.group = (TaskGroup){NULL, tasks};
+  pool.own = own;
   atomic_store_explicit(&pool.failed, 0, memory_order_relaxed);
   atomic_store_explicit(&pool.done, 0, memory_order_relaxed);
-  atomic_store_explicit(&pool.tickets, (uint64_t)generation << 32 | (uint32_t)tasks, memory_order_release);
+  for (int i = 0; i < pool.threads; ++i) {
+    uint64_t next = (uint64_t)tasks * i / pool.threads, end = (uint64_t)tasks * (i + 1) / pool.threads;
+    atomic_store_explicit(&pool.stretches[i].tasks, (uint64_t)generation << 32 | end << 16 | next, memory_order_release);
+  }
   announce();
-  run_tasks(generation);
+  run_tasks(generation, 0);
   for (unsigned spins = 1; atomic_load_explicit(&pool.done, memory_order_acquire) != tasks; ++spins) {
     if (spins % 4096) RELAX(); else sched_yield();
   }
   return atomic_load(&pool.failed) ? -1 : 0;
+}
+
+static int parallel_launch(TaskFn fn, void* closure, int num_task) {
+  if (pool.threads <= 1 || inside_region) return run_here(fn, closure, num_task > 0 ? num_task : 1);
+  int tasks = num_task > 0 ? num_task : pool.threads * TASKS_PER_THREAD;
+  return tasks > MOST_TASKS ? run_here(fn, closure, tasks) : run_region(fn, closure, tasks, 0);
 }
 
 /* Tasks are handed out dynamically and may outnumber threads, so they cannot meet at a barrier. No kernel of ours asks. */
@@ -215,11 +234,21 @@ static int nth_cpu(const cpu_set_t* allowed, int n) {
   return 0;
 }
 
-static void pin(pthread_t thread, const cpu_set_t* allowed, int n) {
+static cpu_set_t one_cpu(const cpu_set_t* allowed, int n) {
   cpu_set_t one;
   CPU_ZERO(&one);
   CPU_SET(nth_cpu(allowed, n), &one);
-  pthread_setaffinity_np(thread, sizeof one, &one);
+  return one;
+}
+
+/* Binds the thread that runs regions now, and sets the one before free. */
+static void pin_caller(void) {
+  pid_t self = (pid_t)syscall(SYS_gettid);
+  if (!pool.pinned || self == pool.caller) return;
+  cpu_set_t first = one_cpu(&pool.allowed, 0);
+  if (pool.caller) sched_setaffinity(pool.caller, sizeof pool.allowed, &pool.allowed);
+  sched_setaffinity(self, sizeof first, &first);
+  pool.caller = self;
 }
 
 EXPORT void qcn_host_shutdown(void) {
@@ -229,8 +258,8 @@ EXPORT void qcn_host_shutdown(void) {
     announce();
     for (int i = 1; i < pool.threads; ++i) pthread_join(pool.workers[i], NULL);
   }
-  if (pool.pinned) pthread_setaffinity_np(pool.caller, sizeof pool.caller_mask, &pool.caller_mask);
-  pool.pinned = 0;
+  if (pool.caller) sched_setaffinity(pool.caller, sizeof pool.allowed, &pool.allowed);
+  pool.pinned = pool.caller = 0;
   pool.threads = 0;
   atomic_store(&pool.stopping, 0);
   atomic_store(&pool.sleepers, 0);
@@ -239,17 +268,18 @@ EXPORT void qcn_host_shutdown(void) {
 }
 
 static int start_workers(int n_threads, const cpu_set_t* allowed, int pinned) {
-  uintptr_t generation = atomic_load(&pool.generation);
+  uint64_t generation = atomic_load(&pool.generation);
   for (pool.threads = 1; pool.threads < n_threads; ++pool.threads) {
     int i = pool.threads;
-    if (pthread_create(&pool.workers[i], NULL, worker_main, (void*)generation) != 0) return 1;
-    if (pinned) pin(pool.workers[i], allowed, i);
+    if (pthread_create(&pool.workers[i], NULL, worker_main, (void*)(generation << 32 | (uint64_t)i)) != 0) return 1;
+    cpu_set_t one = one_cpu(allowed, i);
+    if (pinned) pthread_setaffinity_np(pool.workers[i], sizeof one, &one);
   }
   return 0;
 }
 
 /* Starts n_threads - 1 workers; the thread that calls qcn_host_run is the first. With `pin_threads` the workers and the
- * calling thread are bound to one allowed core each until shutdown. Returns 0, or 1 with qcn_host_error set. */
+ * calling thread, of qcn_host_run later on, are bound to one allowed core each until shutdown. Returns 0, or 1 with qcn_host_error set. */
 EXPORT int qcn_host_init(int n_threads, int pin_threads) {
   static int watching_forks;
   clear_error();
@@ -264,12 +294,9 @@ EXPORT int qcn_host_init(int n_threads, int pin_threads) {
     qcn_host_shutdown();
     return set_error("qcn_host_init: the system refused another thread; lower the thread count"), 1;
   }
-  if (pin_threads) {
-    pool.pinned = 1;
-    pool.caller = pthread_self();
-    pool.caller_mask = allowed;
-    pin(pool.caller, &allowed, 0);
-  }
+  pool.pinned = pin_threads;
+  pool.allowed = allowed;
+  pin_caller();
   return 0;
 }
 
@@ -312,12 +339,30 @@ static int run_all(const QcnLaunch* launches, int n, double* seconds) {
   return 0;
 }
 
-/* Runs launches in order. Calls from several threads take turns. Returns 0, or 1 + index of the launch that failed. */
-EXPORT int qcn_host_run(const QcnLaunch* launches, int n, double* seconds) {
+static int not_ready(void) {
   clear_error();
   if (pool.threads == 0) return set_error("qcn_host_run: call qcn_host_init first"), 1;
   if (atomic_load(&forked)) return set_error("qcn_host_run: threads do not survive fork(); call qcn_host_init"), 1;
+  return 0;
+}
+
+/* `count` regions, for memory.c: one task a thread when `own`, else as many as a kernel has. */
+int qcn_host_regions(TaskFn fn, void* closure, int own, int count) {
+  if (not_ready()) return 1;
   pthread_mutex_lock(&run_lock);
+  pin_caller();
+  int failed = 0;
+  for (int i = 0; i < count && !failed; ++i)
+    failed = own && pool.threads > 1 ? run_region(fn, closure, pool.threads, 1) : parallel_launch(fn, closure, 0);
+  pthread_mutex_unlock(&run_lock);
+  return failed != 0;
+}
+
+/* Runs launches in order. Calls from several threads take turns. Returns 0, or 1 + index of the launch that failed. */
+EXPORT int qcn_host_run(const QcnLaunch* launches, int n, double* seconds) {
+  if (not_ready()) return 1;
+  pthread_mutex_lock(&run_lock);
+  pin_caller();
   unsigned fp = fp_enter();
   int failed = run_all(launches, n, seconds);
   fp_leave(fp);

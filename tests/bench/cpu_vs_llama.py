@@ -117,18 +117,26 @@ def compare(sides: Sequence[Side], threads: int, rounds: int, under: Sequence[st
         if "bytes" in side.rounds[0]:
             row["gb_per_second"] = side.median("bytes") * row["decode"] / 1e9
             row["of_read"] = row["gb_per_second"] / median(reads)
+        row["decodes"] = [r["decode"] for r in side.rounds]
         rows.append({"name": side.name, **row, "ratios": {key: sides[0].median(key) / row[key]
                                                           for key in ("prefill", "decode")}})
-    return {"threads": threads, "rounds": rounds, "read": median(reads), "sides": rows}
+    region = {"region": sides[0].median("region")} if "region" in sides[0].rounds[0] else {}
+    return {"threads": threads, "rounds": rounds, "read": median(reads), "reads": reads, **region, "sides": rows}
 
 
 def table(found: dict[str, Any]) -> list[str]:
     """The comparison as text."""
-    lines = [f"{found['threads']} thread(s), memory read {found['read']:.1f} GB/s, medians of {found['rounds']} rounds",
+    first = f"{found['threads']} thread(s), medians of {found['rounds']} rounds, memory read {found['read']:.1f} GB/s"
+    first += f" ({min(found['reads']):.1f}-{max(found['reads']):.1f})"
+    if "region" in found:
+        first += f", an empty parallel region {1e6 * found['region']:.2f} us"
+    lines = [first,
              f"  {'':18} {'prefill':>8} {'ratio':>6} {'decode':>8} {'ratio':>6}  tokens/s"]
     for row in found["sides"]:
         rates = "".join(f" {row[key]:8.1f} {row['ratios'][key]:6.2f}" for key in ("prefill", "decode"))
-        line = f"  {row['name']:18}{rates}  resident {row['rss'] / 1e6:.0f} MB, weights {row['weights'] / 1e6:.0f} MB"
+        spread = f"({min(row['decodes']):.1f}-{max(row['decodes']):.1f})"
+        line = f"  {row['name']:18}{rates}  {spread}; "
+        line += f"resident {row['rss'] / 1e6:.0f} MB, weights {row['weights'] / 1e6:.0f} MB"
         if "of_read" in row:
             line += f"; {row['gb_per_second']:.1f} GB/s, {100 * row['of_read']:.0f} % of the read"
         lines.append(line)

@@ -32,6 +32,7 @@ def main() -> None:
         resident = re.search(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text())
         plan = read_plan(build, "plan/main-decode-1.json")
         print(json.dumps({"prefill": timing.prefill_rate, "decode": 1 / float(np.median(np.diff(times))),
+                          "region": model.executable.region_seconds(),
                           "rss": 1024 * int(resident.group(1)) if resident else 0,
                           "weights": sum(f.stat().st_size for f in (build / "weights").iterdir()),
                           "bytes": sum(launch.bytes for launch in plan.launches)}))

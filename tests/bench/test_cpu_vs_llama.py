@@ -41,7 +41,9 @@ def test_two_sides_in_turns(tmp_path: Path) -> None:
     assert second["ratios"]["decode"] == pytest.approx(first["decode"] / second["decode"])
     assert first["rss"] > first["weights"] > 5e6
     assert 0 < first["of_read"] == pytest.approx(first["gb_per_second"] / found["read"])
-    assert len(table(found)) == 4
+    assert 0 < found["region"] < 1e-3 and len(found["reads"]) == 2
+    lines = table(found)
+    assert len(lines) == 4 and "an empty parallel region" in lines[0]
 
 
 def test_the_command_is_known(capfd: pytest.CaptureFixture[str]) -> None:

@@ -31,6 +31,7 @@ class Host:
         self.c.qcn_host_symbol.argtypes = [ctypes.c_void_p, ctypes.c_char_p]
         self.c.qcn_host_run.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p]
         self.c.qcn_host_error.restype = ctypes.c_char_p
+        self.c.qcn_host_read.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64]
         self.threads = 0
 
     def start(self, threads: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
 import subprocess
 import sys
@@ -173,3 +174,89 @@ def test_kernels_need_nothing_but_the_c_library(lab: Lab) -> None:
     needed = {line.split()[-1].split("@")[0] for line in lines}
     weak = {"_ITM_deregisterTMCloneTable", "_ITM_registerTMCloneTable", "__cxa_finalize", "__gmon_start__"}
     assert needed - weak <= {"cosf", "sinf", "sincosf", "memset", "memcpy", "memmove"}
+
+
+def test_every_thread_reads_its_part(tmp_path: Path, host: Host) -> None:
+    """The bytes arrive, and each thread of the pool is the first to touch about its share of the pages."""
+    data = np.random.default_rng(0).integers(0, 256, (48 << 20) + 123, dtype=np.uint8)
+    (tmp_path / "blob").write_bytes(data.tobytes())
+    host.start(3)
+    memory = mmap.mmap(-1, len(data), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_NOHUGEPAGE)
+    into = np.frombuffer(memory, np.uint8)
+    before = faults()
+    with (tmp_path / "blob").open("rb") as file:
+        assert host.c.qcn_host_read(file.fileno(), 7, into.ctypes.data, len(data) - 7) == 0
+        touched = sorted(count - before.get(thread, 0) for thread, count in faults().items())[-3:]
+        assert np.array_equal(into[:len(data) - 7], data[7:])
+        assert min(touched) > 0.8 * len(data) / 3 / mmap.PAGESIZE, touched
+        assert host.c.qcn_host_read(file.fileno(), 7, into.ctypes.data, len(data)) == 1
+        assert "the file has ended" in host.error()
+
+
+def faults() -> dict[str, int]:
+    """Pages that each thread of this process was the first to touch."""
+    return {task.name: int((task / "stat").read_text().rsplit(")", 1)[1].split()[7])
+            for task in Path("/proc/self/task").iterdir()}
+
+
+def test_tasks_run_by_place(tmp_path: Path, host: Host) -> None:
+    """Task i of n belongs to thread i * threads / n: where all threads are at work, it runs there."""
+    library = tmp_path / "place.so"
+    (tmp_path / "place.c").write_text("""
+        #include <stdint.h>
+        #include <sys/syscall.h>
+        #include <unistd.h>
+        int (*__TVMBackendParallelLaunch)(int (*)(int, void*, void*), void*, int);
+        int owners[64], tasks;
+        static int task(int id, int* group, void* closure) {
+          owners[id] = (int)syscall(SYS_gettid);
+          tasks = group[2];
+          usleep(3000);
+          return 0;
+        }
+        int __tvm_ffi_place(void* self, const void* args, int32_t n, void* result) {
+          return __TVMBackendParallelLaunch((void*)task, 0, 0);
+        }""")
+    subprocess.run(["gcc", "-shared", "-fPIC", "-o", library, tmp_path / "place.c"], check=True)
+    host.start(3)
+    handle = host.load(library)
+    rows = (Launch * 1)(Launch(host.c.qcn_host_symbol(handle, b"place"), (Any16 * 1)(), 0, 0))
+    assert host.c.qcn_host_run(ctypes.byref(rows), 1, None) == 0
+    loaded = ctypes.CDLL(str(library))
+    owners = list((ctypes.c_int * 64).in_dll(loaded, "owners"))[:ctypes.c_int.in_dll(loaded, "tasks").value]
+    assert len(owners) == 24
+    stretches = [owners[start:start + 8] for start in (0, 8, 16)]
+    assert [len(set(part[:6])) for part in stretches] == [1, 1, 1], owners  # the last ones may be taken by who is done
+    assert len({part[0] for part in stretches}) == 3, owners
+
+
+def test_what_a_region_costs(host: Host) -> None:
+    host.c.qcn_host_region_seconds.restype = ctypes.c_double
+    assert host.c.qcn_host_region_seconds(10) == -1 and "qcn_host_init first" in host.error()
+    for threads in (1, 2):
+        host.start(threads)
+        assert 0 < host.c.qcn_host_region_seconds(200) < 0.01
+
+
+def test_pinned_threads_have_a_core_each_until_shutdown(lab: Lab, host: Host) -> None:
+    """The thread that runs regions is bound, wherever the pool was started; all are free again afterwards."""
+    cores, seen = sorted(os.sched_getaffinity(0)), []
+    rows, _ = launches(lab, 1)
+
+    def run() -> None:
+        assert host.c.qcn_host_run(ctypes.byref(rows), 1, None) == 0
+        seen.append(os.sched_getaffinity(0))
+
+    assert host.c.qcn_host_init(2, 1) == 0
+    assert os.sched_getaffinity(0) == {cores[0]}
+    threads = [threading.Thread(target=run) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+        thread.join()
+    assert seen == [{cores[0]}] * 2 and os.sched_getaffinity(0) == set(cores)
+    bound = [os.sched_getaffinity(int(task.name)) for task in Path("/proc/self/task").iterdir()]
+    assert {cores[1 % len(cores)]} in bound
+    run()
+    host.c.qcn_host_shutdown()
+    assert os.sched_getaffinity(0) == set(cores)

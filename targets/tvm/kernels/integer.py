@@ -53,7 +53,7 @@ class IntegerTile:
         """acc[i, r] = W[tiles[i]] x[rows[r]]. Codes of x are dense, so `stride` is not used."""
         for i in range(len(tiles) * len(rows)):
             acc[i * TILE, TILE] = f32(0.0, TILE)
-        bases = [let("base", wide(tile) * (self.groups * self.size)) for tile in tiles]
+        bases = [let("base", self.start(tile)) for tile in tiles]
         xq = [let(f"q{r}", row * (self.groups * GROUP // 4)) for r, row in enumerate(rows)]
         xs = [let(f"d{r}", row * self.groups) for r, row in enumerate(rows)]
         sums = local("sums", "int32", len(rows) * TILE)
@@ -62,6 +62,9 @@ class IntegerTile:
                 at = let("wat", base + g * self.size)
                 self.dot(at, [q + g * (GROUP // 4) for q in xq], [self.a.xz[d + g] for d in xs], sums)
                 self._add(self._scales(at + self.lines * LINE), [d + g for d in xs], sums, acc, i * len(rows) * TILE)
+
+    def start(self, tile: Expr) -> Expr:
+        return wide(tile) * (self.groups * self.size)
 
     def _scales(self, at: Expr) -> list[Expr]:
         """The f16 scales of 16 rows from byte `at` on, as f32 vectors."""

@@ -13,6 +13,7 @@ from tvm.tirx.script.builder import ir as T
 from qcn_compile.targets.tvm.kernels import math
 from qcn_compile.targets.tvm.kernels.core import (
     Array,
+    Arrays,
     Expr,
     Function,
     Machine,
@@ -31,6 +32,7 @@ from qcn_compile.targets.tvm.kernels.loops import count, each, sweep
 from qcn_compile.targets.tvm.kernels.tiles import (
     TILE,
     Tile,
+    ask_for,
     block_sizes,
     for_blocks,
     for_lone,
@@ -168,7 +170,7 @@ def moe_up(symbol: str, m: Machine, *, experts: int, slots: int, hidden: int, in
             gate, up = acc[r * TILE, half], acc[r * TILE + half, half]
             a.h[wide(pair) * (tiles * half) + j * half, half] = math.silu(gate) * up
 
-        _expert_tiles(a.plan, experts, tiles, tile, sizes, stride, lambda pair: T.floordiv(pair, slots), store)
+        _expert_tiles(a, experts, tiles, tile, sizes, stride, lambda pair: T.floordiv(pair, slots), store)
     return f
 
 
@@ -184,18 +186,21 @@ def moe_down(symbol: str, m: Machine, *, experts: int, hidden: int, inner: int, 
         def store(acc: Array, r: int, pair: Expr, j: Expr) -> None:
             a.o[wide(pair) * (tiles * TILE) + j * TILE, TILE] = acc[r * TILE, TILE]
 
-        _expert_tiles(a.plan, experts, tiles, tile, sizes, -(-inner // 8) * 8, lambda pair: pair, store)
+        _expert_tiles(a, experts, tiles, tile, sizes, -(-inner // 8) * 8, lambda pair: pair, store)
     return f
 
 
-def _expert_tiles(plan: Array, experts: int, tiles: int, tile: Tile, sizes: tuple[int, ...], stride: int,
+def _expert_tiles(a: Arrays, experts: int, tiles: int, tile: Tile, sizes: tuple[int, ...], stride: int,
                   source: Callable[[Expr], Expr], store: Callable[[Array, int, Expr, Expr], None]) -> None:
     """For every (expert with work, tile) in parallel: blocks of its pairs, `source(pair)` the row of x of each."""
-    expert, start, order = 1, 1 + experts, 2 + 3 * experts
+    plan, expert, start, order = a.plan, 1, 1 + experts, 2 + 3 * experts
     items = -(-tiles // tile.together)
     with parallel("item", plan[0] * items) as item:
         at = let("at", T.floordiv(item, items))
-        begin, end, both = tile_range(tile, tiles, T.floormod(item, items))
+        place = let("place", T.floormod(item, items))
+        begin, end, both = tile_range(tile, tiles, place)
+        with when(T.And(place == items - 1, at + 1 < plan[0])):
+            ask_for(a.w, tile.start(let("next", wide(plan[expert + at + 1]) * tiles)))
         first = let("first", plan[start + at])
         count = let("count", plan[start + at + 1] - first)
         base = let("base", wide(plan[expert + at]) * tiles)

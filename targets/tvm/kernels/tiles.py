@@ -20,6 +20,7 @@ from qcn_compile.targets.tvm.kernels.core import (
     i32,
     let,
     loop,
+    prefetch,
     splat,
     vector,
     when,
@@ -27,6 +28,8 @@ from qcn_compile.targets.tvm.kernels.core import (
 )
 
 TILE, GROUP = 16, 32
+AHEAD = 4096  # bytes of the next expert asked for while the last tile of one is read
+BYTES = {"float32": 4, "uint16": 2, "int8": 1, "uint8": 1}
 CODES = {"f32": "float32", "bf16": "uint16", "int8": "int8", "int4": "uint8"}
 
 
@@ -38,6 +41,16 @@ class Tile(Protocol):
     def multiply(self, tiles: list[Expr], rows: list[Expr], stride: int, acc: Array) -> None:
         """acc[i, r] = W[tiles[i]] x[rows[r]], acc [tiles, rows, 16]; `stride` between f32 rows of x, 0 when dense."""
         ...
+
+    def start(self, tile: Expr) -> Expr:
+        """Index in `w` where a tile, the first of a pair, starts."""
+        ...
+
+
+def ask_for(w: Array, start: Expr) -> None:
+    """Ask for the first lines of weights that no stream leads to: from `start` on the processor goes on by itself."""
+    with loop("line", AHEAD // 64) as line:
+        prefetch(w, start + line * (64 // BYTES[w.dtype]))
 
 
 def weight_params(format: str, activations: str) -> dict[str, str]:
@@ -112,14 +125,17 @@ class FloatTile:
             unroll = 8 if len(starts) == 1 else 4
             self._steps(0, self.depth, unroll, lambda k: [self._plain(*place, k) for place in places], starts, acc)
             return
-        size = self.groups * GROUP * TILE // (2 if self.format == "int4" else 1)
-        bases = [let("base", wide(tile) * size) for tile in tiles]
+        bases = [let("base", self.start(tile)) for tile in tiles]
         full = self.depth // GROUP
         if full:
             with loop("g", full) as g:
                 self._group(tiles, bases, g, GROUP, starts, acc)
         if self.depth % GROUP:
             self._group(tiles, bases, full, self.depth % GROUP, starts, acc)
+
+    def start(self, tile: Expr) -> Expr:
+        size = self.groups * GROUP // (2 if self.format == "int4" else 1) if self.coded else self.depth
+        return wide(tile) * (size * TILE)
 
     def _steps(self, first: Expr, count: int, unroll: int, weights: Callable[[Expr], list[list[Expr]]],
                starts: list[Expr], acc: Array) -> None:
@@ -145,7 +161,7 @@ class FloatTile:
         alone."""
         within = T.floormod(tile, self.count)
         second = let("second", T.floormod(within, 2))
-        start = let("base", wide(tile - second) * (self.depth * TILE) + second * TILE)
+        start = let("base", self.start(tile - second) + second * TILE)
         if self.count % 2 == 0:
             return start, 2 * TILE
         return start, let("step", T.Select(within == self.count - 1, T.int32(TILE), T.int32(2 * TILE)))
