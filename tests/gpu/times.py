@@ -1,6 +1,8 @@
 """Time of every kernel of some plans of a build, launch after launch without gaps, and of the whole plan's graph.
 
-    python tests/gpu/times.py BUILD [decode-8 prefill-1024 ...] [--context 1000]
+    python tests/gpu/times.py BUILD [decode-8 prefill-1024 prefill-1024+32 ...] [--context 1000]
+
+With "+32" the prompt is that much shorter, and 32 sequences decode in the same step.
 """
 
 from __future__ import annotations
@@ -18,15 +20,18 @@ from qcn_compile.runtime.batch import Span
 SLAB = 1 << 30
 
 
-def spans(model: Any, plan: Any, context: int) -> list[Span]:
-    """A step that fills a plan: one token of each of many sequences, or one prompt."""
-    rng, memory = np.random.default_rng(0), model.memory
+def spans(model: Any, plan: Any, context: int, beside: int) -> list[Span]:
+    """A step that fills a plan: one token of each of many sequences, or one prompt, `beside` it others that decode."""
+    rng, memory, first = np.random.default_rng(0), model.memory, 0
     decode = plan.name.startswith("decode")
-    count, each = (plan.tokens, 1) if decode else (1, plan.tokens)
-    before = context if decode else 0
-    pages = -(-(before + each) // memory.page_size)
-    return [Span(rng.integers(0, 150000, each).tolist(), before, s % memory.slots,
-                 ((np.arange(pages) + s * pages) % memory.pages).astype(np.int32), 1) for s in range(count)]
+    sizes = [(1, context)] * plan.tokens if decode else [(1, context)] * beside + [(plan.tokens - beside, 0)]
+    found = []
+    for s, (each, before) in enumerate(sizes):
+        pages = -(-(before + each) // memory.page_size)
+        places = ((np.arange(pages) + first) % memory.pages).astype(np.int32)
+        found.append(Span(rng.integers(0, 150000, each).tolist(), before, s % memory.slots, places, 1))
+        first += pages
+    return found
 
 
 def graph_seconds(model: Any, plan: Any, times: int = 9) -> float:
@@ -83,8 +88,8 @@ def main() -> None:
         slab = model._device.allocate(SLAB) if model._device.free_bytes() > 2 * SLAB else model.executable._base
         for name in args.plans:
             try:
-                plan = model.executable.plan(name)
-                logits = model.executable.run(spans(model, plan, args.context))
+                plan = model.executable.plan(name.split("+")[0])
+                logits = model.executable.run(spans(model, plan, args.context, int((name + "+0").split("+")[1])))
                 finite, whole = bool(np.isfinite(logits).all()), graph_seconds(model, plan)
                 print(f"{name}: {1e3 * whole:.3f} ms, {plan.tokens / whole:.0f} tokens/s, {len(plan.launches)} "
                       f"launches, logits finite {finite}", flush=True)
