@@ -2,7 +2,8 @@
 
 What the first layer of a stage reads comes from the stage before, and so on; the embedding is in the first stage, norm
 and output projection in the last, which hands the logits to all others: rank 0 returns them, and cards choose tokens on
-every rank alike. What depends on neither tokens nor states (rotary tables) every stage makes for itself.
+every rank alike. The draft head stays whole on every stage, since all draft alike, too: the last hands its hidden
+states to the others, then. What depends on neither tokens nor states (rotary tables) every stage makes for itself.
 """
 
 from __future__ import annotations
@@ -22,13 +23,15 @@ from qcn_compile.passes.base import Pass, PassContext, register_pass
 from qcn_compile.targets.layout import Layout
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)(?:\.|$)")
+DRAFT = "mtp"  # the graph of the draft head
 FREE = -1  # the stage of what every stage makes for itself
 
 
 @register_pass
 @dataclass(frozen=True)
 class SplitStages(Pass):
-    """Stage `stage` of `pp`; `part` is the rank's place among the `tp` ranks of a stage."""
+    """Stage `stage` of `pp`; `part` is the rank's place among the `tp` ranks of a stage. `draft`: there is a draft
+    head, which reads the last hidden states."""
 
     name: ClassVar[str] = "split-stages"
     after: ClassVar[tuple[str, ...]] = ("shard", "fuse-attention", "fuse-deltanet", "fuse-moe", "fuse-epilogue",
@@ -37,9 +40,10 @@ class SplitStages(Pass):
     pp: int = 1
     part: int = 0
     tp: int = 1
+    draft: bool = False
 
     def run(self, graph: Graph, context: PassContext) -> Graph:
-        if self.pp == 1:
+        if self.pp == 1 or graph.name == DRAFT:
             return graph
         stages = stages_of(graph, self.pp)
         ops = [op for op in graph.ops if stages[op] in (FREE, self.stage)]
@@ -48,17 +52,23 @@ class SplitStages(Pass):
             ends.receive(boundary(graph, stages, self.stage), self._rank(self.stage - 1))
         if self.stage < last:
             sent = ends.send(boundary(graph, stages, self.stage + 1), self._rank(self.stage + 1))
-            graph.outputs = [ends.receive(logits, self._rank(last)), *[sent][:len(hidden)]]
+            wanted = graph.outputs if self.draft else [logits]
+            came = [ends.receive(value, self._rank(last)) for value in wanted]
+            graph.outputs = [*came, *[sent][:len(graph.outputs) - len(came)]]
         else:
-            for other in range(last):
-                logits = ends.send(logits, self._rank(other))
-            graph.outputs = [logits, *hidden]
+            graph.outputs = [self._spread(ends, logits), *(self._spread(ends, h) if self.draft else h for h in hidden)]
         graph.ops = [*ends.first, *ops, *ends.then]
         ends.rename(ops)
         used = {ref.name for op in graph.ops for ref in op.attrs.values() if isinstance(ref, StateRef)}
         graph.states = {name: state for name, state in graph.states.items() if name in used}
         context.note(self.name, [Fired("stage", graph.name, f"{len(ops)} of {len(stages)} ops")])
         return remove_dead(graph)
+
+    def _spread(self, ends: _Ends, value: Value) -> Value:
+        """The value, after all other stages have it, too."""
+        for other in range(self.pp - 1):
+            value = ends.send(value, self._rank(other))
+        return value
 
     def _rank(self, stage: int) -> int:
         return stage * self.tp + self.part

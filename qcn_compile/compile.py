@@ -103,7 +103,7 @@ def compile(model: str | Path | None = None, target: str = "cpu", output: str | 
     calibrated = Calibrated()
     if options.calibrate is not None:
         with clock.stage("calibrate"):
-            calibrated, decision = _calibrate(graphs, traced, decision, Path(options.calibrate), tell)
+            calibrated, decision = _calibrate(graphs, traced, decision, Path(options.calibrate), mode, tell)
     with clock.stage("schedule"):
         ranks = [[schedule(graph, bucket, chosen) for graph in mine for bucket in buckets_for(chosen.kind, layout.tp)]
                  for mine in graphs]
@@ -154,9 +154,6 @@ def _front(model: str | Path | None, target: str, options: Options, clock: Clock
     verdict = plan_for(located.name, load_config(located.config)[1], chosen, options.dtype, options.quant,
                        options.context_length, options.mcpu, **{name: getattr(options, name) for name in WISHES})
     layout = verdict.chosen.layout if verdict else _asked(located, options)
-    if layout.pp > 1 and options.mtp:
-        raise UsageError("--mtp: the draft head reads what only the last stage of --pp has; leave one of them out "
-                         "(--speculative-algorithm ngram of qcn-run works with stages)")
     if verdict and announce:
         announce(verdict)
     with clock.stage("trace"):
@@ -194,9 +191,12 @@ def _weights_mode(options: Options, target: Target, traced: Traced, located: Loc
     return options.weights or "late"
 
 
-def _calibrate(ranks: Sequence[Sequence[Graph]], traced: Traced, decision: Decision, text: Path, tell: Report
-               ) -> tuple[Calibrated, Decision]:
+def _calibrate(ranks: Sequence[Sequence[Graph]], traced: Traced, decision: Decision, text: Path, mode: str,
+               tell: Report) -> tuple[Calibrated, Decision]:
     """int4 codes of the main graph's weights, on every rank, by a text, and the decision with what that gave."""
+    if traced.weights is not None and mode != "copied":
+        raise UsageError(f"--calibrate: what it chooses is written into the build, --weights {mode} writes nothing; "
+                         "leave one of them out")
     if traced.weights is None or traced.path is None:
         raise UsageError("--calibrate: needs a checkpoint's weights; name one with --model")
     tell("calibrate", 0, 1)
@@ -217,7 +217,7 @@ def _rank_graphs(traced: Traced, decision: Decision, context: PassContext, optio
     """The graphs of one rank. What passes do is recorded for rank 0."""
     stage, part = divmod(rank, layout.tp)
     shard = Shard(part, layout.tp, layout.ep) if layout.tp > 1 else None
-    stages = SplitStages(stage, layout.pp, part, layout.tp) if layout.pp > 1 else None
+    stages = SplitStages(stage, layout.pp, part, layout.tp, options.mtp) if layout.pp > 1 else None
     if rank:
         context, options = PassContext(target=context.target), replace(options, tracing=Tracing())
     return [_optimise(graph, decision, context, options, shard, stages) for graph in _entries(traced, options.mtp)]

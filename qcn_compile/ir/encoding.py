@@ -117,6 +117,13 @@ def quantize(w: Weight, encoding: Encoding) -> tuple[np.ndarray, np.ndarray | No
     return codes.reshape(*codes.shape[:-2], -1).numpy(), scales.numpy()
 
 
+def quantize_int4(w: Weight) -> tuple[np.ndarray, np.ndarray]:
+    """[..., N, K] -> (bytes, f16 scales) in groups of 128, see `int4`. int4 codes whose scales serve whole groups, as
+    GPTQ and checkpoints make them, are taken as they are."""
+    kept = int4.regroup(w.codes, w.scales) if isinstance(w, Coded) and w.encoding.format == "int4" else None
+    return kept or int4.quantize(wide(w))
+
+
 def group_scales(blocks: Tensor, format_: str) -> Tensor:
     """f16 scales [...] of f32 groups [..., 32]."""
     most, least = blocks.amax(-1), blocks.amin(-1)
@@ -144,7 +151,7 @@ def dequantize(codes: np.ndarray, scales: np.ndarray | None, encoding: Encoding,
 def encode(w: Weight, encoding: Encoding) -> np.ndarray:
     """The weight as kernels see it: dequantize(quantize(w))."""
     if encoding.format == "int4-g128":
-        return int4.dequantize(*int4.quantize(wide(w)), w.size if isinstance(w, Coded) else w.shape[-1])
+        return int4.dequantize(*quantize_int4(w), w.size if isinstance(w, Coded) else w.shape[-1])
     if encoding.format == "nvfp4":
         return fp4.dequantize(*fp4.quantize(wide(w)), w.size if isinstance(w, Coded) else w.shape[-1])
     codes, scales = quantize(w, encoding)

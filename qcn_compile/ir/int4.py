@@ -22,7 +22,24 @@ def quantize(w: Tensor) -> tuple[np.ndarray, np.ndarray]:
     wide = scales.float()
     inverse = torch.where(wide.abs() > TINY, 1 / wide, 0)
     codes = ((groups * inverse[..., None]).round_().clamp_(-8, 7) + 8).to(torch.uint8).reshape(*w.shape[:-1], -1)
-    return (codes[..., 0::2] | codes[..., 1::2] << 4).contiguous().numpy(), scales.numpy()
+    return _packed(codes), scales.numpy()
+
+
+def regroup(codes: Tensor, scales: Tensor) -> tuple[np.ndarray, np.ndarray] | None:
+    """What `quantize` gives, of codes i8 [..., N, K] that are chosen already and f16 scales [..., N, K/32] of theirs,
+    K padded to 32. None where a group of 128 has several scales."""
+    lack = -scales.shape[-1] % (GROUP // 32)
+    codes = torch.nn.functional.pad(codes, (0, 32 * lack))
+    last = scales[..., -1:].expand(*scales.shape[:-1], lack)
+    groups = torch.cat([scales, last], -1).reshape(*scales.shape[:-1], -1, GROUP // 32)
+    if not bool((groups == groups[..., :1]).all()):
+        return None
+    return _packed((codes + 8).to(torch.uint8)), groups[..., 0].contiguous().numpy()
+
+
+def _packed(codes: Tensor) -> np.ndarray:
+    """Codes 0..15 [..., N, K], two a byte."""
+    return (codes[..., 0::2] | codes[..., 1::2] << 4).contiguous().numpy()
 
 
 def dequantize(codes: np.ndarray, scales: np.ndarray, size: int) -> np.ndarray:

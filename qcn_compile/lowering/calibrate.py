@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from qcn_compile.errors import UsageError
-from qcn_compile.ir.encoding import Coded, encode
+from qcn_compile.ir import int4
+from qcn_compile.ir.encoding import GROUP, Coded, encode
 from qcn_compile.ir.gptq import hessian, quantize
 from qcn_compile.ir.graph import Graph, Op, Value
 from qcn_compile.ir.interpret import Walk, default_inputs, last_uses, run_op, together
@@ -27,6 +28,7 @@ from qcn_compile.lowering.rows import Source, evaluate
 from qcn_compile.lowering.schedule import encoding_of
 from qcn_compile.passes.canonicalize import static_values
 
+CHOSEN = {"int4": GROUP, "int4-g128": int4.GROUP}  # formats whose codes are chosen here, and what shares a scale
 LENGTH, TOKENS = 512, 16384  # tokens of a piece of text, and of all together at most
 Store = Callable[[Op, Value, Tensor, list[Any]], Tensor]
 """(op, its weight operand, the weight in f32, the op's operands so far) -> the weight as it is stored, in f32."""
@@ -34,7 +36,7 @@ Store = Callable[[Op, Value, Tensor, list[Any]], Tensor]
 
 @dataclass(frozen=True)
 class Calibrated:
-    """Codes of static values (the operand of each int4 `encode`), tokens they were made with, and the mean relative
+    """Codes of static values (the operand of each `encode` to int4), tokens they were made with, and the mean relative
     error of the outputs, against that of rounding to nearest."""
 
     codes: dict[Value, Coded] = field(default_factory=dict)
@@ -83,18 +85,20 @@ def calibrate(graphs: Sequence[Graph], source: Source, pieces: Sequence[list[int
 
     Raises UsageError when nothing is stored in int4.
     """
-    if not any(op.name == "encode" and op.attrs["format"] == "int4" for graph in graphs for op in graph.ops):
-        raise UsageError("--calibrate: no weight is stored in int4, so there is nothing to calibrate; add --quant int4")
+    if not any(op.name == "encode" and op.attrs["format"] in CHOSEN for graph in graphs for op in graph.ops):
+        raise UsageError("--calibrate: no weight is stored in int4, so there is nothing to calibrate; add --quant int4 "
+                         "(GPU: int4-experts)")
     codes: dict[Value, Coded] = {}
     errors: list[tuple[float, float]] = []
 
     def store(op: Op, value: Value, w: Tensor, operands: list[Any]) -> Tensor:
         encoding = encoding_of(value)
         assert encoding is not None and value.op is not None
-        if encoding.format != "int4":
+        if encoding.format not in CHOSEN:
             return torch.from_numpy(encode(w.numpy(), encoding))
         hessians = _hessians(op, value, operands)
-        made = [quantize(one, h) for one, h in zip(w.reshape(-1, *w.shape[-2:]), hessians, strict=True)]
+        made = [quantize(one, h, CHOSEN[encoding.format])
+                for one, h in zip(w.reshape(-1, *w.shape[-2:]), hessians, strict=True)]
         both = (torch.stack(parts).reshape(*w.shape[:-1], -1)
                 for parts in ([m.codes for m in made], [m.scales for m in made]))
         coded = Coded(next(both), next(both), made[0].encoding, made[0].size)
@@ -149,7 +153,7 @@ def _hessians(op: Op, value: Value, operands: list[Any]) -> list[Tensor]:
         token, slot = torch.where(ids == expert)
         inner = x[token]
         if len(operands) == 4:  # gate_up is quantised already: this is down
-            gate, up = F.linear(inner, operands[3][expert]).chunk(2, -1)
+            gate, up = F.linear(inner.float(), operands[3][expert]).chunk(2, -1)
             inner = F.silu(gate) * up
         result.append(hessian(inner, weights[token, slot]))
     return result

@@ -35,6 +35,7 @@ TYPES = {"bf16": "*bf16", "f32": "*fp32", "i32": "*i32", "i64": "*i64", "fp8": "
 FIRST_PDL = 90  # programmatic dependent launch starts with this architecture, as do e4m3 registers
 _RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)")
 AMD = "amd"
+LEAST_KEYS = 16  # of a product on tensor cores
 Progress = Callable[[int, int], None]
 
 
@@ -126,15 +127,25 @@ def _gfx(card: Hardware) -> str:
 
 
 def fitting(kernel: Kernel, arch: int | str, family: Family, shared: int) -> tuple[bytes, dict[str, Any]]:
-    """A kernel that loads no further ahead than the shared memory of the card holds; `config`: as it was compiled."""
+    """A kernel that takes no more at a time than the shared memory of the card holds; `config`: as it was compiled."""
     while True:
         made, row = compile_one(kernel, arch, family)
-        params = dict(kernel.params)
-        depths = {"STAGES": options(kernel)["num_stages"], "PIPE": int(params.get("PIPE", 1))}
-        deepest = max(depths, key=lambda name: depths[name])
-        if row["shared"] <= shared or depths[deepest] == 1:
-            return made, {**row, "config": params}
-        kernel = Kernel.make(kernel.family, **{**params, deepest: depths[deepest] - 1})
+        less = _less(kernel)
+        if row["shared"] <= shared or less is None:
+            return made, {**row, "config": dict(kernel.params)}
+        kernel = less
+
+
+def _less(kernel: Kernel) -> Kernel | None:
+    """A kernel that loads one tile less ahead, or else looks at half as many keys at a time: neither its arguments nor
+    its grid know. None when it cannot do with less."""
+    params = dict(kernel.params)
+    depths = {"STAGES": options(kernel)["num_stages"], "PIPE": int(params.get("PIPE", 1))}
+    deepest = max(depths, key=lambda name: depths[name])
+    if depths[deepest] > 1:
+        return Kernel.make(kernel.family, **{**params, deepest: depths[deepest] - 1})
+    keys = int(params.get("BS", 0))
+    return Kernel.make(kernel.family, **{**params, "BS": keys // 2}) if keys > LEAST_KEYS else None
 
 
 def compile_one(kernel: Kernel, arch: int | str, family: Family) -> tuple[bytes, dict[str, Any]]:

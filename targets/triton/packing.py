@@ -17,7 +17,7 @@ import numpy as np
 
 from qcn_compile.errors import LoweringError
 from qcn_compile.ir import fp4, int4
-from qcn_compile.ir.encoding import Encoding, Weight, quantize, to_bf16, wide
+from qcn_compile.ir.encoding import Encoding, Weight, quantize, quantize_int4, to_bf16, wide
 from qcn_compile.ir.fp8 import BLOCK
 
 LAYOUTS = ("matrix", "vector", "channels", "rope")
@@ -36,7 +36,7 @@ def pack(layout: str, encoding: Encoding, weight: Weight) -> dict[str, np.ndarra
     if encoding.format == "bf16":
         return {"w": to_bf16(weight).reshape(-1)}
     if encoding.format == "int4-g128":
-        return {part: x.reshape(-1) for part, x in zip("ws", int4.quantize(wide(weight)), strict=True)}
+        return {part: x.reshape(-1) for part, x in zip("ws", quantize_int4(weight), strict=True)}
     if encoding.format == "nvfp4":
         return {part: x.reshape(-1) for part, x in zip("wsg", fp4.quantize(wide(weight)), strict=True)}
     codes, scales = quantize(weight, encoding)

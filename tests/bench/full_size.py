@@ -2,7 +2,7 @@
 
     python -m tests.bench.full_size audit                      names and shapes of all 48 layers, in sparse files
     python -m tests.bench.full_size convert --layers 2 --quant fp8     real files with random content, 3.3 GB a layer
-    python -m tests.bench.full_size generated --quant int4     all 48 layers, content made when read, output discarded
+    python -m tests.bench.full_size generated --quant int4 --layers 48     content made when read, output discarded
 
 Run it on a quiet machine with room for the bf16 layers and their result; everything is removed at the end.
 """
@@ -25,13 +25,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from torch import Tensor
-
 import qcn_compile
 from qcn_compile.frontend import trace_model
 from qcn_compile.frontend.checkpoint import locate
-from qcn_compile.frontend.tensor_files import Stored
 from qcn_compile.ir.types import DType
 from qcn_compile.lowering.buckets import buckets_for
 from qcn_compile.lowering.convert import convert, key_of, resumable, take
@@ -42,7 +38,7 @@ from qcn_compile.passes.base import PassContext
 from qcn_compile.pipeline import Pipeline
 from qcn_compile.targets.base import Target
 from qcn_compile.targets.registry import load_target
-from tests.bench.random_checkpoint import content, make
+from tests.bench.random_checkpoint import make
 
 CONFIG = Path(qcn_compile.__file__).parent / "assets/qwen3-coder-next/config.json"
 
@@ -171,38 +167,9 @@ def audit_all(args: argparse.Namespace) -> None:
               f"{time.perf_counter() - begin:.1f} s, {peak()['peak_gb']:.2f} GB; {traced.audit}")
 
 
-def generated(args: argparse.Namespace) -> None:
-    """Every layer, content made when it is read, each file removed when it is finished."""
-    with workplace(args.folder) as folder:
-        size = make(folder / "model", config(args.layers), sparse=True)
-        names = {(s.file, s.span): name for name, s in _stored(folder / "model").items()}
-
-        def read(self: Stored, start: int = 0, stop: int | None = None) -> Tensor:
-            shape = ((self.shape[0] if stop is None else stop) - start, *self.shape[1:])
-            return content(f"{names[self.file, self.span]}:{start}", int(np.prod(shape))).reshape(shape)
-
-        Stored.read = read  # type: ignore[method-assign]
-        job = Job(folder / "model", args.target, args.quant)
-        before, begin, done = peak()["peak_gb"], time.perf_counter(), 0
-        for number, file in enumerate(job.files):
-            convert([file], job.source, job.target, folder / "out")
-            shutil.rmtree(folder / "out")
-            done += file.nbytes
-            if number % 20 == 0:
-                print(f"  {done / 1e9:.1f} GB, {time.perf_counter() - begin:.0f} s", file=sys.stderr, flush=True)
-        seconds = time.perf_counter() - begin
-        print(f"{args.target} {args.quant}, {args.layers} layers, {size / 1e9:.1f} GB of generated bf16 into "
-              f"{done / 1e9:.1f} GB in {len(job.files)} files: {seconds:.0f} s, {size / seconds / 1e6:.0f} MB/s in, "
-              f"{done / seconds / 1e6:.0f} MB/s out; peak memory {peak()['peak_gb']:.2f} GB ({before:.2f} before)")
-
-
-def _stored(folder: Path) -> dict[str, Stored]:
-    from qcn_compile.frontend.tensor_files import read_header
-
-    return {name: s for file in sorted(folder.glob("*.safetensors")) for name, s in read_header(file).items()}
-
-
 def main() -> None:
+    from tests.bench.generated_layers import generated
+
     if sys.argv[1:2] == ["worker"]:
         worker(Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4], sys.argv[5])
         return

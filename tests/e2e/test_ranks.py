@@ -16,7 +16,7 @@ import pytest
 
 from qcn_compile.artifact import read_manifest
 from qcn_compile.compile import compile as build
-from qcn_compile.errors import DeviceError, UsageError
+from qcn_compile.errors import DeviceError
 from qcn_compile.runtime.loaded import load
 from qcn_compile.runtime.prefix.options import PrefixOptions
 from qcn_compile.runtime.speculation.options import SpeculationOptions
@@ -61,7 +61,8 @@ def test_every_layout_equals_one_rank(loaded, tmp_path, tp, ep):
 @pytest.mark.parametrize(("pp", "tp"), [(2, 2), *(pytest.param(*layout, marks=pytest.mark.slow)
                                                   for layout in [(2, 1), (3, 1), (8, 1)])])
 def test_stages_equal_one_rank(loaded, tmp_path, pp, tp):
-    """Stages of a pipeline; one of 8 has no key-value head, as has every stage of one DeltaNet layer."""
+    """Stages of a pipeline, guesses by n-grams; one of 8 has no key-value head, as has every stage of one DeltaNet
+    layer."""
     build(None, "cpu", tmp_path / "build", dtype="fp32", quant="none", pp=pp, tp=tp)
     equal(loaded("fp32"), tmp_path / "build", DRAFTERS[1], 60)
     manifest = read_manifest(tmp_path / "build", deep=True)
@@ -70,9 +71,14 @@ def test_stages_equal_one_rank(loaded, tmp_path, pp, tp):
     assert len(whole) == len(set(whole)) == manifest.model["config"]["num_hidden_layers"] + 6  # conv and delta of 6
 
 
-def test_a_draft_head_needs_one_stage(tmp_path):
-    with pytest.raises(UsageError, match="--mtp: the draft head reads what only the last stage of --pp has"):
-        build(None, "cpu", tmp_path / "build", pp=2, mtp=True)
+@pytest.mark.parametrize(("pp", "tp"), [(2, 1), *(pytest.param(*layout, marks=pytest.mark.slow)
+                                                  for layout in [(2, 2), (3, 1), (4, 2)])])
+def test_a_draft_head_works_on_every_stage(loaded, tmp_path, pp, tp):
+    """The last stage's hidden states reach all others, whose heads draft alike; each holds a head and its pages."""
+    build(None, "cpu", tmp_path / "build", dtype="fp32", quant="none", pp=pp, tp=tp, mtp=True)
+    equal(loaded("fp32"), tmp_path / "build", DRAFTERS[0], 40)
+    parts = read_manifest(tmp_path / "build").ranks
+    assert len(parts) == pp * tp and all(any("mtp" in cache.name for cache in part.caches) for part in parts)
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from qcn_compile.errors import LoweringError, UsageError
 from qcn_compile.ir.encoding import Encoding
 from qcn_compile.ir.types import DType, StateKind
 from qcn_compile.targets.base import Bucket, Kernel
-from qcn_compile.targets.spec import hardware
+from qcn_compile.targets.spec import catalogue, hardware
 from qcn_compile.targets.triton.emit import _crash, check_limits, emit, fitting
 from qcn_compile.targets.triton.families import FAMILIES
 from qcn_compile.targets.triton.target import GpuTarget
@@ -22,9 +22,10 @@ PREFILL = Bucket("prefill-512", 512, 256, 512)
 # sine and cosine of large angles keep a table in local memory; the others fill all registers and keep a few numbers
 LOCAL = ("rope_table", "delta_solve", "attention_prefill")
 CARDS = ("a100", "h100", "b200")
+SIZES = {(chip.arch, chip.shared): chip.name for chip in catalogue().values() if chip.kind == "gpu"}  # a card of each
 
 
-def full_size(bucket: Bucket) -> list[Kernel]:
+def full_size(bucket: Bucket, card: str = "h100") -> list[Kernel]:
     """What Qwen3-Coder-Next's layers launch in a bucket, FP8."""
     case = Case("layer", bucket)
     x = case.input("x", "bf16[T,2048]")
@@ -53,7 +54,7 @@ def full_size(bucket: Bucket) -> list[Kernel]:
         case.op("norm_linear", [x, norm, case.weight("w", (9216, 2048), FP8)], eps=1e-6, keep=False)
         gates = case.weight("w2", (64, 2048), BF16)
         case.op("norm_linear_pair", [x, norm, case.weight("w1", (12288, 2048), FP8), gates], eps=1e-6)
-    return list({call.kernel: None for _, call in case.lower(GpuTarget("h100"))})
+    return list({call.kernel: None for _, call in case.lower(GpuTarget(card))})
 
 
 def check(kernels: list[Kernel], card: str, folder: Path, spills: int = 0) -> None:
@@ -124,6 +125,24 @@ def test_a_small_card_loads_less_far_ahead() -> None:
     assert cut["shared"] < whole["shared"] and cut["config"] == {**whole["config"], "STAGES": 3}
     assert {name: cut[name] for name in ("entry", "pointers", "threads")} == {
         name: whole[name] for name in ("entry", "pointers", "threads")}
+
+
+@pytest.mark.parametrize("card", ["l40s", "rtx5090"])
+def test_attention_takes_what_100_kb_hold(card: str, tmp_path: Path) -> None:
+    """The kernel of the largest tiles looks at fewer keys at a time on cards with 99 KiB a block."""
+    kernel = next(k for k in full_size(PREFILL, card) if k.family == "attention_prefill")
+    row = json.loads((tmp_path / emit([kernel], tmp_path, hardware(card), workers=1)[0]).read_text())[kernel.symbol]
+    assert row["shared"] <= hardware(card).shared == 101376
+    assert (row["config"]["PIPE"], row["config"]["BS"]) == (1, 32) and dict(kernel.params)["BS"] == 64
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("card", SIZES.values())
+@pytest.mark.parametrize("bucket", [DECODE_1, DECODE_8, PREFILL], ids=lambda b: b.name)
+def test_every_hardware_file_holds_full_size(card: str, bucket: Bucket, tmp_path: Path) -> None:
+    """Emitting checks each kernel against the shared memory that the card's file tells."""
+    kernels = full_size(bucket, card)
+    assert len(emit(kernels, tmp_path, hardware(card), workers=2)) == len(set(kernels)) + 1
 
 
 def test_bytes_repeat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
