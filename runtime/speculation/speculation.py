@@ -57,7 +57,9 @@ class Speculation:
         """How many drafts a decoding request may have; `room` tokens and rows are left in the step."""
         drafting = self._requests.setdefault(request.id, _Drafting())
         count = min(self.count, room, request.max_tokens - request.generated - 1)
-        return 0 if request.lag > _LONGEST_REPLAY or count < 1 or drafting.pace.pauses() else count
+        if request.lag > _LONGEST_REPLAY or count < 1 or self.times.plain_due:
+            return 0
+        return 0 if drafting.pace.pauses() else count
 
     def draft(self, asks: Sequence[tuple[Request, int]]) -> list[tuple[int, ...]]:
         """Drafts for each (request, count)."""

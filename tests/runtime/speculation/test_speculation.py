@@ -175,7 +175,7 @@ def test_the_heads_cache_holds_what_came_true(setting):
 
 def test_a_head_that_is_right_is_always_accepted():
     e = engine(head=True, snapshots=None, eos=frozenset(), drafts=3)
-    e.speculation.times.ratio = lambda sequences: 1.0
+    e.speculation.times.ratio, e.speculation.times.since = lambda sequences: 1.0, -99  # no plain step between
     e.add_request([5, 6, 7], SamplingParams(temperature=0, max_tokens=41))
     finish(e)
     assert e.speculation.drafted == e.speculation.accepted == 30 and e.runner.steps == 11
@@ -183,7 +183,7 @@ def test_a_head_that_is_right_is_always_accepted():
 
 def test_states_wait_while_drafting_pauses_and_are_read_later():
     e = engine(head=True, snapshots=None, eos=frozenset(), drafts=3)
-    e.speculation.times.ratio = lambda sequences: 1.0
+    e.speculation.times.ratio, e.speculation.times.since = lambda sequences: 1.0, -99  # no plain step between
     e.add_request([5, 6, 7], SamplingParams(temperature=0, max_tokens=200))
     for _ in range(3):
         e.step()
