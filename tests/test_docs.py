@@ -8,18 +8,18 @@ import re
 import shlex
 import subprocess
 import sys
-from functools import cache
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 
-import qcn_compile.compile  # noqa: F401
 from qcn_compile import cli, opt
 from qcn_compile.inspect import cli as inspect_cli
 from qcn_compile.runtime import cli as run_cli
 from qcn_compile.runtime.bench import cli as bench_cli
+from tests.sharing import one_trace
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -35,13 +35,9 @@ RUN = [page for page in ALL if any(b["language"] in ("python", "bash") and b["ke
 
 
 @pytest.fixture(autouse=True)
-def one_trace(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Builds share the trace: passes work on a copy."""
-    monkeypatch.setattr(sys.modules["qcn_compile.compile"], "trace_model", traced)
-    monkeypatch.setattr("qcn_compile.onnx.emit.trace_model", traced)
-
-
-traced = cache(sys.modules["qcn_compile.compile"].trace_model)
+def shared_trace() -> Iterator[None]:
+    with one_trace():
+        yield
 
 
 def command(line: str) -> None:

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from functools import cache
 from pathlib import Path
 
 import pytest
 
 import qcn_compile as qcn
 from qcn_compile import opt
-from qcn_compile.frontend.checkpoint import _ASSETS, load_config
+from qcn_compile.frontend.checkpoint import _ASSETS, load_config, locate
 from qcn_compile.ir.graph import Graph
 from qcn_compile.ir.reduce import reduce_graph
 from qcn_compile.ir.text import parse_graph
 from qcn_compile.passes.base import REGISTRY, PassContext
 from qcn_compile.pipeline import Pipeline, Tracing
+from tests import sharing
 
-bundled = cache(qcn.trace)
+
+def bundled() -> Graph:
+    return sharing.traced(locate(None, "cpu")).main
+
+
 PLUGIN = '''
 from dataclasses import dataclass
 from typing import ClassVar

@@ -62,7 +62,7 @@ def link(kernels: Sequence[Kernel], library: Path, chip: Hardware, sources: Path
             if sources is not None:
                 (sources / f"{kernel.symbol}.py").write_text(function.script() + "\n", encoding="utf-8")
             objects.append(f"{done}.o")
-            compiled([function], chip).write_to_file(str(Path(scratch) / objects[-1]))
+            write_object(function, chip, Path(scratch) / objects[-1])
             tell(done)
         run_compiler(["-O2", *LINK, "-o", str(library.resolve()), *objects, "glue.c", "-lm"], scratch,
                      machine(chip))
@@ -74,6 +74,11 @@ def kernel_function(kernel: Kernel, chip: Hardware) -> Any:
     from qcn_compile.targets.tvm.kernels.core import Machine
 
     return source(kernel, Machine.of(chip.features))
+
+
+def write_object(function: Any, chip: Hardware, file: Path) -> None:
+    """The object code of one kernel."""
+    compiled([function], chip).write_to_file(str(file))
 
 
 def compiled(functions: Sequence[Any], chip: Hardware) -> Any:

@@ -14,6 +14,7 @@ import qcn_compile as qcn
 from qcn_compile.runtime.bench.cli import main
 from tests.bench.cpu_vs_llama import HERE, Workplace, compare, table
 from tests.bench.random_checkpoint import make
+from tests.sharing import one_trace
 
 gguf = pytest.importorskip("gguf")
 SMALL = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 4, "num_experts": 3, "num_experts_per_tok": 2,
@@ -32,7 +33,8 @@ def test_what_fails_is_not_taken_for_made(tmp_path: Path) -> None:
 
 
 def test_two_sides_in_turns(tmp_path: Path) -> None:
-    qcn.compile(None, "cpu", tmp_path / "build-int4", quant="int4")
+    with one_trace():
+        qcn.compile(None, "cpu", tmp_path / "build-int4", quant="int4")
     place = Workplace(tmp_path, 20, 8)
     sides = [place.ours("int4"), place.ours("int4")]
     found = compare(sides, 1, 2)

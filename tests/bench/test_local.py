@@ -14,6 +14,7 @@ from qcn_compile.runtime.bench import local, sides
 from qcn_compile.runtime.bench.cli import main
 from qcn_compile.runtime.bench.local_table import table
 from qcn_compile.runtime.bench.probe import roof
+from tests.sharing import one_trace
 
 FAST = ["--rounds", "1", "--threads", "1"]
 SIZES = {"kernels": ["--context", "9", "--tokens", "4"], "prefill": ["--context", "9"],
@@ -29,7 +30,8 @@ def known_limits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def build(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return qcn.compile(None, "cpu", tmp_path_factory.mktemp("bench") / "build", quant="int4").path
+    with one_trace():
+        return qcn.compile(None, "cpu", tmp_path_factory.mktemp("bench") / "build", quant="int4").path
 
 
 def run(capsys: pytest.CaptureFixture[str], *words: str) -> str:

@@ -14,6 +14,7 @@ from qcn_compile import artifact, load
 from qcn_compile.compile import compile as build
 from qcn_compile.frontend.checkpoint import locate
 from qcn_compile.runtime.loaded import Model
+from tests.sharing import one_trace
 
 HELDOUT = Path(__file__).parent.parent / "data/heldout.jsonl"
 EVALUATED = 12  # of its files perplexity is measured on, the others calibrate
@@ -54,7 +55,8 @@ def builds(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
                 if "calibrate" in options:
                     options["calibrate"] = shared / str(options["calibrate"])
                     options["calibrate"].write_text("\n".join(HELDOUT.read_text(encoding="utf-8").splitlines()[EVALUATED:]))
-                build(None, "cpu", folder, **options)
+                with one_trace():
+                    build(None, "cpu", folder, **options)
         artifact.read_manifest(folder, deep=True)
         return folder
 

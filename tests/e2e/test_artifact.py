@@ -14,7 +14,8 @@ from qcn_compile.artifact import SCHEMA, read_manifest, read_plan
 from qcn_compile.compile import compile as build
 
 
-def test_two_builds_are_byte_for_byte_equal(builds: Callable[[str], Path], tmp_path: Path) -> None:
+def test_two_builds_are_byte_for_byte_equal(builds: Callable[[str], Path], tmp_path: Path, nothing_shared: None
+                                            ) -> None:
     first = builds("int4")
     build(None, "cpu", tmp_path / "elsewhere" / "again", dtype="bf16", quant="int4")
     again = tmp_path / "elsewhere" / "again"

@@ -9,10 +9,10 @@ from types import ModuleType
 
 import pytest
 
-import qcn_compile.compile  # noqa: F401
-from qcn_compile.frontend import Traced, trace_model
+from qcn_compile.frontend import Traced
 from qcn_compile.frontend.checkpoint import locate
 from qcn_compile.plugins import load_plugins
+from tests import sharing
 
 EXAMPLES = Path(__file__).parents[2] / "docs/examples"
 
@@ -28,10 +28,10 @@ def example() -> Iterator[Callable[[str], ModuleType]]:
 @pytest.fixture(scope="session")
 def traced() -> Traced:
     """The bundled model."""
-    return trace_model(locate(None, "cpu"))
+    return sharing.traced(locate(None, "cpu"))
 
 
 @pytest.fixture(autouse=True)
-def one_trace(traced: Traced, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Builds of a test share the trace: passes work on a copy."""
-    monkeypatch.setattr(sys.modules["qcn_compile.compile"], "trace_model", lambda source, dtype, *rest: traced)
+def shared_trace() -> Iterator[None]:
+    with sharing.one_trace():
+        yield

@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from inspected import traced
 
 import qcn_compile as qcn
 from qcn_compile.inspect import cli
@@ -20,6 +19,7 @@ from qcn_compile.inspect.show import plot
 from qcn_compile.ir.text import parse_graph
 from qcn_compile.ir.view import critical_path, digraph, layers
 from qcn_compile.targets.spec import hardware
+from tests.sharing import one_trace
 
 COMMANDS = ["summary", "ops", "kernels", "memory", "decisions", "passes", "verify"]
 TEXT = """graph @main(%x: f32[T,4], %batch: batch) {
@@ -121,11 +121,11 @@ def test_memory_matches_the_plans(build: Path, capsys: pytest.CaptureFixture[str
         assert all(b["offset"] + b["bytes"] <= plan.workspace_bytes for b in row["layout"])
 
 
-def test_diff(build: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules["qcn_compile.compile"], "trace_model", traced)
+def test_diff(build: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "no difference" in run("diff", str(build), str(build), capsys=capsys)
     other = tmp_path / "other"
-    qcn.compile(None, "null", other, quant="none")
+    with one_trace():
+        qcn.compile(None, "null", other, quant="none")
     text = run("diff", str(build), str(other), capsys=capsys)
     assert "format: int4 -> none" in text
     assert "only in the second: linear_actf32" in text

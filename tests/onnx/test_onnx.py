@@ -15,7 +15,7 @@ import onnxruntime
 from qcn_compile.cli import main
 from qcn_compile.compile import Options, optimise
 from qcn_compile.errors import LoweringError
-from qcn_compile.frontend import Traced, trace_model
+from qcn_compile.frontend import Traced
 from qcn_compile.frontend.checkpoint import locate
 from qcn_compile.ir.batch import Batch
 from qcn_compile.ir.interpret import default_inputs, run
@@ -26,13 +26,14 @@ from qcn_compile.onnx import emit
 from qcn_compile.onnx.bodies import BODIES
 from qcn_compile.onnx.mixers import MIXERS
 from qcn_compile.onnx.rows import ROWS
+from tests import sharing
 
 PROMPT = "def add(a, b):\n    return"
 
 
 @pytest.fixture(scope="module")
 def traced() -> Traced:
-    return trace_model(locate(None, "cpu"))
+    return sharing.traced(locate(None, "cpu"))
 
 
 @pytest.fixture(scope="module", params=["unfused", "fused"])
