@@ -94,6 +94,7 @@ FAMILIES = {
     "moe_down": Family("moe", "h:bf16 ids:i32 weights:f32 w:{W} s?SCALED:f32 r?ADD:bf16 y:bf16 counts:i32"),
     "quantize_rows": Family("gemm", "x:bf16 q:fp8 qs:f32 counts:i32"),
     "gemm": Family("gemm", "x:{X} xs?NARROW:f32 w:{W} s?SCALED:f32 r?ADDEND:{R} y:bf16 counts:i32"),
+    "gemm_few": Family("gemm", "x:{X} xs?NARROW:f32 w:{W} s?SCALED:f32 r?ADDEND:{R} y:bf16 counts:i32"),
     "moe_clear": Family("moe_tiles", "found:i32 counts:i32"),
     "moe_rank": Family("moe_tiles", "ids:i32 found:i32 rank:i32 counts:i32"),
     "moe_tile": Family("moe_tiles", "found:i32 first:i32 counts:i32"),

@@ -5,6 +5,7 @@ For people who write kernels; the product is compiled ahead of time. Needs a car
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -60,7 +61,7 @@ class Memory:
         for n in self.lengths:
             cu.append(cu[-1] + n)
         arrays = {"cu_seqlens": cu, "context_lens": self.contexts, "block_table": table.flatten().tolist(),
-                  "slots": list(range(count)), "counts": [tokens, count, 1, wide],
+                  "slots": list(range(count)), "into": list(range(count)), "counts": [tokens, count, 1, wide],
                   "token_seq": [s for s, n in enumerate(self.lengths) for _ in range(n)]}
         for name, rows in arrays.items():
             self.data[f"input {name}"] = torch.tensor(rows, dtype=torch.int32, device=DEVICE)
@@ -204,8 +205,9 @@ def error(got: torch.Tensor, want: torch.Tensor) -> float:
 
 
 Change = dict[str, Any]
-OUTPUT = {"gemm": "y", "quantize_rows": "q", "moe_up_tiles": "h", "moe_down_tiles": "o", "moe_combine": "y",
-          "delta_mix": "mixed", "delta_solve": "w", "delta_scan": "o", "delta_norm": "y", "attention_prefill": "y"}
+OUTPUT = {"gemm": "y", "gemm_few": "y", "quantize_rows": "q", "moe_up": "h", "moe_down": "y", "moe_up_tiles": "h",
+          "moe_down_tiles": "o", "moe_combine": "y", "delta_mix": "mixed", "delta_solve": "w", "delta_scan": "o",
+          "delta_norm": "y", "attention_prefill": "y"}
 
 
 def resized(kernel: Kernel, old: Kernel, grid: Sequence[int]) -> tuple[int, ...]:
@@ -217,9 +219,9 @@ def resized(kernel: Kernel, old: Kernel, grid: Sequence[int]) -> tuple[int, ...]
 
     match kernel.family:
         case "gemm":
-            token_tiles = grid[0] // -(-int(q["N"]) // int(q["BN"])) * int(q["BT"])
-            group = int(p["GROUP"])
-            return (share(int(p["N"]), "BN") * -(-share(token_tiles, "BT") // group) * group,)
+            token_tiles = grid[0] // -(-int(q["N"]) // (int(q["BN"]) * int(q["SIDE"]))) * int(q["BT"])
+            group, wide = int(p["GROUP"]), int(p["BN"]) * int(p["SIDE"])
+            return (-(-int(p["N"]) // wide) * -(-share(token_tiles, "BT") // group) * group,)
         case "quantize_rows":
             return share(grid[0] * int(q["BR"]), "BR"), share(int(p["K"]), "BK")
         case "moe_up_tiles":
@@ -228,6 +230,12 @@ def resized(kernel: Kernel, old: Kernel, grid: Sequence[int]) -> tuple[int, ...]
             return (grid[0] // -(-int(q["H"]) // int(q["BH"])) * share(int(p["H"]), "BH"),)
         case "moe_combine":
             return grid[0], share(int(p["H"]), "BH")
+        case "gemm_few":
+            return (share(int(p["N"]), "BN"),)
+        case "moe_up":
+            return share(int(p["F"]), "BF"), *grid[1:]
+        case "moe_down":
+            return share(int(p["H"]), "BH"), *grid[1:]
         case "delta_mix":
             return share(grid[0] * int(q["BT"]), "BT"), grid[1]
         case "delta_scan":
@@ -284,6 +292,8 @@ def explore(case: Case, lengths: Sequence[int], contexts: Sequence[int] = (),
     prepare(memory)
     every = trials(case.lower(target), changes or {})
     compile_all(memory, every, target)
+    if os.environ.get("EXPLORE_COMPILE"):  # fill Triton's cache, so that a later run only times
+        return memory
     total, rows, wanted = 0.0, list[tuple[float, str]](), None
     fresh = _nothing
     for trial in every:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any
 
@@ -67,6 +68,8 @@ def realistic(memory: Memory) -> None:
 
 
 def check_linear(memory: Memory) -> None:
+    if os.environ.get("EXPLORE_COMPILE"):
+        return
     name = "linear_add.0.0" if "r" in memory.data else "linear.0.0"
     want = memory.wide("x") @ memory.wide("w").t()
     if "r" in memory.data:
@@ -75,6 +78,8 @@ def check_linear(memory: Memory) -> None:
 
 
 def check_moe(memory: Memory) -> None:
+    if os.environ.get("EXPLORE_COMPILE"):
+        return
     ids, weights = memory.data["moe_route.0.0"].long(), memory.data["moe_route.0.1"]
     x, want = memory.wide("x"), memory.wide("r").clone()
     for e in range(EXPERTS):
@@ -130,7 +135,7 @@ def run_delta(lengths: list[int], contexts: list[int], changes: dict[str, list[d
         kept["ring"], kept["state"] = memory.data["state conv "].clone(), memory.data["state delta "].clone()
 
     memory = explore(delta(sum(lengths), len(lengths)), lengths, contexts, changes, prepare)
-    if not check:
+    if not check or os.environ.get("EXPLORE_COMPILE"):
         return
     from explore import launch
 
@@ -202,7 +207,8 @@ def main() -> None:
     """The sections named on the command line, or all."""
     wanted = sys.argv[1:]
     every = {"peaks": peaks, "delta": run_deltas, "moe": run_moes, "small": run_small, "linear": run_linears,
-             "attention": run_attentions}
+             "attention": run_attentions, "few-moe": run_few_moes,
+             "once": run_once}
     for name, work in every.items():
         if not wanted or name in wanted:
             print(f"== {name}", flush=True)
@@ -213,55 +219,61 @@ def run_deltas() -> None:
     changes = {"delta_solve": tiles(WARPS=[8]),
                "delta_scan": [*tiles(BV=[16, 32, 64], WARPS=[4], PIPE=[2, 3]), *tiles(BV=[64], WARPS=[8], PIPE=[2, 3])]}
     section(lambda: run_delta([1000, 24, 1, 500], [0, 3, 700, 64], {}, True))
-    section(lambda: run_delta([1] * 16, [100] * 16, {"delta_batch": tiles(WARPS=[8])}, True))
+    section(lambda: run_delta([1] * 16, [100] * 16, {}, True))
     section(lambda: run_delta([8192], [0], changes, False))
 
 
 def run_moes() -> None:
-    from qcn_compile.targets.triton.lowering import moe_tiles
+    up = [*tiles(WARPS=[8], STAGES=[3, 4]), *tiles(WARPS=[4], STAGES=[2])]
+    down = [*tiles(WARPS=[4], STAGES=[2, 3, 4]), *tiles(WARPS=[8], STAGES=[3]), *tiles(BH=[64], WARPS=[4], STAGES=[3])]
+    for tokens in (8192, 2048):
+        section(lambda tokens=tokens: check_moe(explore(moe(tokens), [tokens], changes={
+            "moe_up_tiles": up, "moe_down_tiles": down})))
 
-    own = moe_tiles.tile
-    large = [*tiles(TWICE=[True], WARPS=[4], STAGES=[3, 4]), *tiles(TWICE=[False], WARPS=[8], STAGES=[3, 4])]
-    down = [*tiles(BH=[128], WARPS=[4], STAGES=[3, 4]), *tiles(BH=[256], WARPS=[8], STAGES=[3])]
-    wide = tiles(WARPS=[8], STAGES=[4])
-    for tokens, sizes in ((8192, (64, 128)), (4096, (64, 32)), (2048, (64, 32)), (1024, (32, 16))):
-        for size in sizes:
-            moe_tiles.tile = lambda pairs, count, size=size: size
-            print(f"tile {size}")
-            few = size <= 32
-            section(lambda tokens=tokens, size=size, few=few: check_moe(explore(moe(tokens), [tokens], changes={
-                "moe_up_tiles": tiles(WARPS=[8], STAGES=[3]) if few else wide if size > 64 else large,
-                "moe_down_tiles": tiles(BH=[128], WARPS=[8], STAGES=[4]) if few else wide if size > 64 else down})))
-    moe_tiles.tile = own
+
+def run_few_moes() -> None:
+    """Experts of few tokens: pair by pair, and in tiles."""
+    from qcn_compile.targets.triton.lowering import site
+
+    few = site.FEW
+    section(lambda: check_moe(explore(moe(4), [4], changes={
+        "moe_up": tiles(BF=[2, 4, 8], WARPS=[2, 4, 8]), "moe_down": tiles(BH=[4, 8, 16], WARPS=[4, 8])}, top=5)))
+    site.FEW = 1
+    for tokens in (4, 8, 32, 128):
+        section(lambda t=tokens: check_moe(explore(moe(t), [t], changes={
+            "moe_up_tiles": tiles(WARPS=[4], STAGES=[4, 5, 6]),
+            "moe_down_tiles": tiles(BH=[64, 128], WARPS=[4], STAGES=[3, 4])}, top=3)))
+    site.FEW = few
 
 
 def run_small() -> None:
     """Products of few tokens."""
-    rows = [*tiles(SWAP=[False], BN=[16], BK=[128], WARPS=[2, 4], STAGES=[4, 6]),
-            *tiles(SWAP=[False], BN=[32], BK=[128], WARPS=[4], STAGES=[4, 6])]
-    plain = [*tiles(SWAP=[False], BN=[16, 32], BK=[128, 256], WARPS=[4], STAGES=[4])]
-    for tokens in (16, 32):
+    narrow = [*tiles(PARTS=[4], BN=[8, 16, 32], WARPS=[4], STAGES=[4, 6]), *tiles(PARTS=[8], WARPS=[4, 8], STAGES=[3]),
+              *tiles(PARTS=[2], WARPS=[2, 4], STAGES=[6, 8])]
+    plain = tiles(PARTS=[2, 4, 8], BN=[8, 16], WARPS=[4], STAGES=[2, 3])
+    swapped = tiles(SWAP=[True], BN=[64, 128], WARPS=[4], STAGES=[3, 4, 5])
+    for tokens in (4, 8, 32):
         for n, k, encoding, add in ((12288, 2048, FP8, False), (2048, 4096, FP8, True), (513, 2048, BF16, False),
                                     (64, 2048, BF16, False)):
             section(lambda t=tokens, n=n, k=k, e=encoding, a=add: check_linear(explore(
-                linear(t, n, k, e, a), [t], changes={"gemm": rows if e is FP8 else plain}, top=6)))
+                linear(t, n, k, e, a), [t], changes={
+                    "gemm_few": narrow if e is FP8 else plain, "gemm": swapped if e is FP8 else [],
+                    "matmul": tiles(STAGES=[3, 6])}, top=4)))
 
 
 def run_linears() -> None:
-    big = [*tiles(BT=[128], BN=[128], WARPS=[8], STAGES=[2, 3, 4]), *tiles(BT=[128], BN=[64], WARPS=[4], STAGES=[3, 4]),
-           *tiles(BT=[64], BN=[128], WARPS=[4], STAGES=[3, 4]), *tiles(BT=[128], BN=[256], WARPS=[8], STAGES=[3]),
-           *tiles(BT=[256], BN=[128], WARPS=[8], STAGES=[3])]
-    small = [*tiles(BN=[64, 128], WARPS=[4], STAGES=[3, 4, 6]), *tiles(BN=[128], BK=[128], WARPS=[8], STAGES=[4])]
-    section(lambda: check_linear(explore(linear(8192, 12288, 2048), [8192], changes={
-        "gemm": big, "quantize_rows": tiles(BR=[1, 2, 8], BK=[2048], WARPS=[4, 8])})))
-    section(lambda: check_linear(explore(linear(8192, 2048, 4096, add=True), [8192], changes={"gemm": big})))
-    section(lambda: check_linear(explore(linear(8192, 513, 2048, BF16), [8192], changes={
-        "gemm": tiles(BT=[64, 128], BN=[64], BK=[64], WARPS=[4])})))
-    section(lambda: check_linear(explore(linear(1024, 12288, 2048), [1024], changes={"gemm": big})))
-    section(lambda: check_linear(explore(linear(1024, 2048, 4096, add=True), [1024], changes={"gemm": big})))
-    for tokens in (16, 32, 128):
-        for case in (linear(tokens, 12288, 2048), linear(tokens, 2048, 4096, add=True)):
-            section(lambda case=case, n=tokens: check_linear(explore(case, [n], changes={"gemm": small})))
+    wide = [*tiles(SIDE=[1, 2], BT=[128], BN=[128], WARPS=[8], STAGES=[3], GROUP=[8, 16]),
+            *tiles(SIDE=[1], BT=[64], BN=[128], WARPS=[4], STAGES=[3, 4], GROUP=[16])]
+    section(lambda: check_linear(explore(linear(8192, 12288, 2048), [8192], changes={"gemm": wide}, top=8)))
+    section(lambda: check_linear(explore(linear(8192, 2048, 4096, add=True), [8192], changes={"gemm": wide}, top=5)))
+    section(lambda: check_linear(explore(linear(1024, 12288, 2048), [1024], changes={"gemm": wide}, top=5)))
+    section(lambda: check_linear(explore(linear(1024, 2048, 4096, add=True), [1024], changes={"gemm": wide}, top=5)))
+
+
+def run_once() -> None:
+    """For a profiler."""
+    section(lambda: explore(linear(8192, 12288, 2048), [8192]) and None)
+    section(lambda: explore(moe(8192), [8192]) and None)
 
 
 def run_attentions() -> None:

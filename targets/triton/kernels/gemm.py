@@ -71,12 +71,12 @@ def columns(base, k0, K: tl.constexpr, BK: tl.constexpr):
 
 @triton.jit
 def gemm(x, xs, w, s, r, y, counts, ROWS: tl.constexpr, TIMES: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
-         BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, SX: tl.constexpr,
-         SR: tl.constexpr, ADD: tl.constexpr, BIAS: tl.constexpr, SCALED: tl.constexpr,
+         BT: tl.constexpr, BN: tl.constexpr, SIDE: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+         SX: tl.constexpr, SR: tl.constexpr, ADD: tl.constexpr, BIAS: tl.constexpr, SCALED: tl.constexpr,
          NARROW: tl.constexpr, SWAP: tl.constexpr, PDL: tl.constexpr):
-    """BT tokens, BN columns a program; grid (T/BT * N/BN): GROUP token tiles walk the columns together, so that what
-    is in flight shares rows of both operands in the second cache."""
-    across: tl.constexpr = (N + BN - 1) // BN
+    """BT tokens, SIDE tiles of BN columns a program; grid (T/BT * N/(SIDE BN)): GROUP token tiles walk the
+    columns together, so that what is in flight shares rows of both operands in the second cache."""
+    across: tl.constexpr = (N + SIDE * BN - 1) // (SIDE * BN)
     pid = tl.program_id(0)
     begin(PDL)
     rows = true_rows(counts, ROWS, TIMES)
@@ -86,26 +86,70 @@ def gemm(x, xs, w, s, r, y, counts, ROWS: tl.constexpr, TIMES: tl.constexpr, N: 
         inner = pid % (GROUP * across)
         tile_t, tile_n = group * GROUP + inner % height, inner // height
         if tile_n < across:
-            t, row0 = tile_t * BT + tl.arange(0, BT), tile_n * BN
-            n = row0 + tl.arange(0, BN)
+            t, row0 = tile_t * BT + tl.arange(0, BT), tile_n * (SIDE * BN)
             x_rows = x + tl.minimum(t, rows - 1)[:, None] * SX
-            w_rows = w + tl.minimum(n, N - 1)[:, None] * K
             aligned: tl.constexpr = 128 % BN == 0
-            acc = tl.zeros((BN, BT) if SWAP else (BT, BN), tl.float32)
+            w_rows = ()
+            for i in tl.static_range(SIDE):
+                w_rows = w_rows + (w + tl.minimum(row0 + i * BN + tl.arange(0, BN), N - 1)[:, None] * K,)
+            acc = ()
+            for _ in tl.static_range(SIDE):
+                acc = acc + (tl.zeros((BN, BT) if SWAP else (BT, BN), tl.float32),)
             for k0 in range(0, K, BK):
                 x_scale, w_scale = 1.0, 1.0
                 if NARROW:
                     x_scale = tl.load(xs + tl.minimum(t, rows - 1) * ((K + 127) // 128) + k0 // 128)
-                if SCALED:
-                    w_scale = weight_scale(s, row0, tl.minimum(n, N - 1), k0, K, aligned)
-                acc = tile_sum(acc, columns(x_rows, k0, K, BK), columns(w_rows, k0, K, BK), x_scale, w_scale, NARROW,
-                               SCALED, aligned, SWAP)
-            if SWAP:
-                acc = tl.trans(acc)
-            inside = (t < rows)[:, None] & (n < N)[None, :]
-            if BIAS:
-                acc += tl.load(r + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
-            if ADD:
-                addend = tl.load(r + t[:, None] * SR + n[None, :], mask=inside, other=0.0)
-                acc = acc.to(tl.bfloat16).to(tl.float32) + addend.to(tl.float32)
-            tl.store(y + t[:, None] * N + n[None, :], acc.to(tl.bfloat16), mask=inside)
+                v, more = columns(x_rows, k0, K, BK), ()
+                for i in tl.static_range(SIDE):
+                    if SCALED:
+                        first = tl.minimum(row0 + i * BN, N - 1)
+                        n = tl.minimum(row0 + i * BN + tl.arange(0, BN), N - 1)
+                        w_scale = weight_scale(s, first, n, k0, K, aligned)
+                    more = more + (tile_sum(acc[i], v, columns(w_rows[i], k0, K, BK), x_scale, w_scale, NARROW, SCALED,
+                                            aligned, SWAP),)
+                acc = more
+            for i in tl.static_range(SIDE):
+                n = row0 + i * BN + tl.arange(0, BN)
+                out = tl.trans(acc[i]) if SWAP else acc[i]
+                inside = (t < rows)[:, None] & (n < N)[None, :]
+                if BIAS:
+                    out += tl.load(r + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+                if ADD:
+                    addend = tl.load(r + t[:, None] * SR + n[None, :], mask=inside, other=0.0)
+                    out = out.to(tl.bfloat16).to(tl.float32) + addend.to(tl.float32)
+                tl.store(y + t[:, None] * N + n[None, :], out.to(tl.bfloat16), mask=inside)
+
+
+@triton.jit
+def gemm_few(x, xs, w, s, r, y, counts, ROWS: tl.constexpr, TIMES: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+             BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr, SX: tl.constexpr,
+             SR: tl.constexpr, ADD: tl.constexpr, SCALED: tl.constexpr, NARROW: tl.constexpr,
+             PDL: tl.constexpr):
+    """At most BT tokens, BN columns a program, grid (N/BN): PARTS stretches of K side by side, so that most of a
+    program's weights are on their way at once. PARTS * BK divides K, BK is 128 where there are scales."""
+    row0, span = tl.program_id(0) * BN, K // PARTS
+    n, t, part = row0 + tl.arange(0, BN), tl.arange(0, BT), tl.arange(0, PARTS)
+    begin(PDL)
+    rows = true_rows(counts, ROWS, TIMES)
+    x_rows = x + tl.minimum(t, rows - 1)[None, :, None] * SX
+    w_rows = w + tl.minimum(n, N - 1)[None, :, None] * K
+    acc = tl.zeros((PARTS, BT, BN), tl.float32)
+    for k0 in range(0, span, BK):
+        k = part[:, None, None] * span + k0 + tl.arange(0, BK)[None, None, :]
+        ws, v = tl.load(w_rows + k), tl.load(x_rows + k)
+        block = (part * span + k0) // 128
+        if NARROW:
+            scale = tl.load(xs + tl.minimum(t, rows - 1)[None, :] * (K // 128) + block[:, None])
+            scale *= tl.load(s + (row0 // 128) * (K // 128) + block)[:, None]
+            acc += tl.dot(v, tl.permute(ws, (0, 2, 1))) * scale[:, :, None]
+        elif SCALED:
+            product = tl.dot(v, tl.permute(to_f32(ws).to(tl.bfloat16), (0, 2, 1)))
+            acc += product * tl.load(s + (row0 // 128) * (K // 128) + block)[:, None, None]
+        else:
+            acc = tl.dot(v, tl.permute(ws, (0, 2, 1)), acc)
+    out = tl.sum(acc, 0)
+    inside = (t < rows)[:, None] & (n < N)[None, :]
+    if ADD:
+        addend = tl.load(r + t[:, None] * SR + n[None, :], mask=inside, other=0.0)
+        out = out.to(tl.bfloat16).to(tl.float32) + addend.to(tl.float32)
+    tl.store(y + t[:, None] * N + n[None, :], out.to(tl.bfloat16), mask=inside)

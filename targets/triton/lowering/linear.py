@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from qcn_compile.targets.base import Call, Param
-from qcn_compile.targets.triton.lowering.gemm import gemm
+from qcn_compile.targets.triton.lowering.gemm import few, gemm
 from qcn_compile.targets.triton.lowering.site import COUNTS, Site, call, cdiv, result
 
 PROGRAMS = 108  # fewer large tiles than this leave multiprocessors idle (A100; Hopper has 132): take smaller ones
@@ -33,7 +33,7 @@ def linear(site: Site) -> list[Call]:
         "N": n, "K": k, "SX": site.stride(0), "SR": site.stride(2) if add else 0, "ADD": add, "BIAS": bias,
         "ADDEND": add or bias, "R": "f32" if bias else "bf16", "SCALED": scaled, "W": encoding.format,
         **site.rows(x.shape)}
-    if not site.decode:
+    if not site.decode or (few(capacity, n, k, False, scaled) and not bias):
         return gemm(site, encoding, weight, args[1 + len(weight):-1], params)
     shape = matmul_shape(capacity, n)
     return [call("matmul", args, (cdiv(n, int(shape["BN"])), cdiv(capacity, int(shape["BT"]))), **params, **shape)]

@@ -22,6 +22,7 @@ from qcn_compile.targets.triton.lowering.site import (
 
 SPLITS, FEW = 32, 8  # stretches of the keys that decode attention looks at in parallel: of few tokens, of many
 KEYS = 64
+STEPS = 8  # tokens of a step whose value heads need no order among them; with more, one program has all of a key head
 ROPED = 16  # tokens of a program that turns and appends
 ROWS = 128  # tokens times heads of a KV head that a program of prefill attention works on
 
@@ -119,7 +120,7 @@ def delta_net(site: Site) -> list[Call]:
                 "delta_one", [*args[:-5], *SPANS[1:-1]], (hv,), **sizes, TAPS=taps, RING=site.ring,
                 EPS=site.real("eps"), ST=site.held, **cut))]
         gates |= {"SZ": site.stride(1), "EPS": site.real("eps"), "ST": site.held}
-        if site.decode:
+        if site.bucket.tokens <= STEPS:
             return [call("delta_step", args, (hv, site.bucket.sequences), **sizes, **conv, **gates, WARPS=4)]
         return [call("delta_batch", args, (int(sizes["HK"]), site.bucket.sequences), **sizes, **conv, **gates, WARPS=4)]
     return chunked(site, sizes, conv, gates, weights)

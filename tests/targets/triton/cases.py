@@ -79,7 +79,8 @@ def linears() -> list[Trialled]:
     tiled = [(linear(bucket, encoding, n, 192, True)[0], [Ragged((150,))]) for encoding in (BF16, FP8)
              for bucket, n in ((LONG, 130), (WIDE, 1100))]
     buckets = (DECODE_1, DECODE_4, DECODE_8, PREFILL)
-    return [(bias, ONE), *tiled, *(linear(bucket, encoding, *shape) for bucket in buckets
+    side = [linear(DECODE_8, encoding, 130, 1024, encoding is FP8) for encoding in (BF16, FP8)]
+    return [(bias, ONE), *tiled, *side, *(linear(bucket, encoding, *shape) for bucket in buckets
                            for encoding in (BF16, FP8) for shape in shapes)]
 
 
@@ -192,9 +193,13 @@ def narrows() -> list[Trialled]:
                             shared=False)
     first.op("narrow_experts", [codes, scales, ids, weights, first.weight("up", (9, 128, 384), FP8),
                                 first.weight("down", (9, 384, 64), FP8), x], activation="silu")
+    few = Case("narrow norm, product of stretches", DECODE_8, tolerance=0.035)
+    _, codes, scales = few.op("narrow_rms_norm", [few.input("x", "bf16[T,512]"), few.weight("norm", (512,), scale=1.0)],
+                              eps=1e-6)
+    few.op("narrow_linear", [codes, scales, few.weight("w", (130, 512), FP8), few.input("r", "bf16[T,130]")])
     second = Case("narrow delta_net", PREFILL, tolerance=0.03)
     _delta(second, 1, 2, 16, 128, "narrow_delta_net")
-    return [(first, MANY), (second, BATCHES["prefill-64"])]
+    return [(first, MANY), (few, FEW), (second, BATCHES["prefill-64"])]
 
 
 def attentions() -> list[Trialled]:
