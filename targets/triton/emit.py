@@ -108,7 +108,8 @@ def _prepare() -> None:
     """Cubins without source paths are the same bytes everywhere; a test's interpreter must not reach the worker."""
     os.environ["TRITON_DISABLE_LINE_INFO"] = "1"
     os.environ.pop("TRITON_INTERPRET", None)
-    os.environ.setdefault("TRITON_PTXAS_PATH", ptxas())
+    if "TRITON_PTXAS_PATH" not in os.environ:
+        os.environ["TRITON_PTXAS_PATH"] = ptxas()
 
 
 def ptxas() -> str:

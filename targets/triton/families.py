@@ -72,6 +72,7 @@ _LOGITS = "logits:{X} choice:i32 history:i32 bias:f32 allowed:i32"
 _SORTED = "order:i32 owner:i32 found:i32 first:i32"
 _TILED = f"{_SORTED} w:{{W}} s?SCALED:f32"
 _FOUR = "w:u8 s:{S} g?WHOLE:f32"
+_WORDS = "w:i32 s:{S} g?WHOLE:f32"
 FAMILIES = {
     "embedding": Family("rows", "ids:i32 last:i32 w:bf16 y:bf16 counts:i32"),
     "gather_rows": Family("rows", "x:bf16 rows:i32 y:bf16 counts:i32"),
@@ -105,8 +106,8 @@ FAMILIES = {
     "moe_combine": Family("moe_tiles", "o:bf16 weights:f32 r?ADD:bf16 y:bf16 counts:i32"),
     "four_up": Family("four", f"x:bf16 ids:i32 {_FOUR} h:bf16 counts:i32"),
     "four_down": Family("four", f"h:bf16 ids:i32 weights:f32 {_FOUR} r?ADD:bf16 y:bf16 counts:i32"),
-    "four_up_one": Family("four_one", f"x:i32 ids:i32 {_FOUR} h:bf16"),
-    "four_down_one": Family("four_one", f"h:i32 ids:i32 weights:f32 {_FOUR} r?ADD:bf16 y:bf16"),
+    "four_up_one": Family("four_one", f"x:i32 ids:i32 {_WORDS} h:bf16"),
+    "four_down_one": Family("four_one", f"h:i32 ids:i32 weights:f32 {_WORDS} r?ADD:bf16 y:bf16"),
     "four_up_tiles": Family("four", f"x:bf16 {_SORTED} {_FOUR} h:bf16 counts:i32"),
     "four_down_tiles": Family("four", f"h:bf16 {_SORTED} {_FOUR} o:bf16 counts:i32"),
     "delta_step": Family("delta", "x:bf16 z:bf16 b~:bf16 a~:bf16 conv_w:f32 decay:f32 dt_bias:f32 norm_w:f32 "

@@ -18,6 +18,14 @@ def begin(PDL: tl.constexpr):
 
 
 @triton.jit
+def all_asked(PDL: tl.constexpr):
+    """Every load before this is on its way before anything after it: a second wait, which ends at once. Else ptxas puts
+    loads off to save registers, and few bytes are in flight. What uses them must need a load after this, too."""
+    if PDL:
+        gdc_wait()
+
+
+@triton.jit
 def true_rows(counts, ROWS: tl.constexpr, TIMES: tl.constexpr):
     """Rows there really are: count number ROWS (T, S, R) times TIMES; ROWS < 0 means TIMES rows, always."""
     if ROWS < 0:

@@ -8,7 +8,7 @@ is read once for RW rows. Weights are asked for before the kernel in front has e
 import triton
 import triton.language as tl
 
-from qcn_compile.targets.triton.kernels.common import begin, rounded, silu, to_f32
+from qcn_compile.targets.triton.kernels.common import all_asked, begin, rounded, silu, to_f32
 
 
 @triton.jit
@@ -18,29 +18,23 @@ def columns(c0, L: tl.constexpr):
 
 
 @triton.jit
-def row_tile(w, row, rows, c0, K: tl.constexpr, L: tl.constexpr, FULL: tl.constexpr):
+def row_tile(w, row, rows, c0, K: tl.constexpr, L: tl.constexpr, FULL: tl.constexpr, EVICT: tl.constexpr = ""):
     """w[row, c0 : c0 + L C] as stored, [L, RG, RW, C]; rows [1, RG, RW, 1]. Outside: zeros."""
     k = columns(c0, L)
     if FULL:
-        return tl.load(w + row * K + k)
+        return tl.load(w + row * K + k, eviction_policy=EVICT)
     else:
-        return tl.load(w + row * K + k, mask=(row < rows) & (k < K), other=0.0)
+        return tl.load(w + row * K + k, mask=(row < rows) & (k < K), other=0.0, eviction_policy=EVICT)
 
 
 @triton.jit
-def vector_tile(x, c0, K: tl.constexpr, L: tl.constexpr, RG: tl.constexpr, FRESH: tl.constexpr):
-    """x[c0 : c0 + L C] in f32, [L, RG, 1, C]. FRESH: read past the first cache."""
+def vector_tile(x, c0, K: tl.constexpr, L: tl.constexpr, RG: tl.constexpr):
+    """x[c0 : c0 + L C] in f32, [L, RG, 1, C]."""
     k = columns(c0, L) + tl.arange(0, RG)[None, :, None, None] * 0
-    if FRESH:
-        if K % (L * 8) == 0:
-            return tl.load(x + k, cache_modifier=".cg").to(tl.float32)
-        else:
-            return tl.load(x + k, mask=k < K, other=0.0, cache_modifier=".cg").to(tl.float32)
+    if K % (L * 8) == 0:
+        return tl.load(x + k).to(tl.float32)
     else:
-        if K % (L * 8) == 0:
-            return tl.load(x + k).to(tl.float32)
-        else:
-            return tl.load(x + k, mask=k < K, other=0.0).to(tl.float32)
+        return tl.load(x + k, mask=k < K, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -72,12 +66,12 @@ def tile_products(row0, x, norm_w, w, s, r, normed, y, N: tl.constexpr, K: tl.co
             scales = scales + (block_scale(s, group, N, i * (L * 8), K, L, full),)
     if NORM:
         for i in tl.static_range(steps):
-            norms = norms + (vector_tile(norm_w, i * (L * 8), K, L, RG, False),)
+            norms = norms + (vector_tile(norm_w, i * (L * 8), K, L, RG),)
     begin(PDL)
     acc = tl.zeros((L, RG, RW, 1), tl.float32)
     squares = tl.zeros((L, RG, 1, 1), tl.float32)
     for i in tl.static_range(steps):
-        v = vector_tile(x, i * (L * 8), K, L, RG, False)
+        v = vector_tile(x, i * (L * 8), K, L, RG)
         if NORM:
             squares += tl.sum(v * v, 3, keep_dims=True)
             v *= norms[i]
@@ -93,7 +87,7 @@ def tile_products(row0, x, norm_w, w, s, r, normed, y, N: tl.constexpr, K: tl.co
         if KEEP:
             for i in tl.static_range(steps):
                 k = columns(i * (L * 8), L)
-                v = vector_tile(x, i * (L * 8), K, L, RG, False) * norms[i] * scale
+                v = vector_tile(x, i * (L * 8), K, L, RG) * norms[i] * scale
                 tl.store(normed + k + group * 0, v.to(tl.bfloat16), mask=(k < K) & (group == 0))
     if BIAS:
         out += tl.load(r + n, mask=n < N, other=0.0).to(tl.float32)
@@ -132,40 +126,55 @@ def pair_sum(a, b, c, d):
 
 
 @triton.jit
-def up_one(x, ids, w, s, h, H: tl.constexpr, F: tl.constexpr, L: tl.constexpr, RG: tl.constexpr,
-           RW: tl.constexpr, SCALED: tl.constexpr, PDL: tl.constexpr):
-    """h[slot] = silu(gate x) * up x of one token. Grid (F / (RG RW), slots); w [E, 2F, H], gate above up. x is read
-    before the wait: it is older than the choice of experts, which the kernel in front makes."""
+def up_rows(x, ids, w, s, h, slot, EXPERT: tl.constexpr, H: tl.constexpr, F: tl.constexpr, L: tl.constexpr,
+            RG: tl.constexpr, RW: tl.constexpr, SCALED: tl.constexpr, PDL: tl.constexpr):
+    """RG * RW rows of one slot, whose expert is EXPERT, or ids[slot] where that is -1. All weights are asked for before
+    the first is used; those of a known EXPERT before the kernel in front, which chooses the others, has ended."""
     steps: tl.constexpr = (H + L * 8 - 1) // (L * 8)
     full: tl.constexpr = H % (L * 8) == 0 and F % (RG * RW) == 0
     blocks: tl.constexpr = ((2 * F + 127) // 128) * ((H + 127) // 128)
     group = tl.program_id(0) * (RG * RW) + tl.arange(0, RG)[None, :, None, None] * RW
     f = group + tl.arange(0, RW)[None, None, :, None]
-    slot = tl.program_id(1)
-    xs = ()
-    for k in tl.static_range(steps):
-        xs = xs + (vector_tile(x, k * (L * 8), H, L, RG, True),)
-    begin(PDL)
-    expert = tl.load(ids + slot).to(tl.int64)
-    we, se = w + expert * (2 * F * H), s
-    if SCALED:
-        se = s + expert * blocks
-    gates, ups = (), ()
-    for k in tl.static_range(steps):
-        gates = gates + (row_tile(we, f, F, k * (L * 8), H, L, full),)
-        ups = ups + (row_tile(we + F * H, f, F, k * (L * 8), H, L, full),)
+    if EXPERT < 0:
+        begin(PDL)
+        expert = tl.load(ids + slot).to(tl.int64)
+    else:
+        expert = tl.full((), EXPERT, tl.int64)
+    gates, ups, gate_scales, up_scales = (), (), (), ()
+    for k in tl.static_range(0, steps * L * 8, L * 8):
+        if SCALED:
+            gate_scales = gate_scales + (block_scale(s + expert * blocks, group, 2 * F, k, H, L, full),)
+            up_scales = up_scales + (block_scale(s + expert * blocks, group + F, 2 * F, k, H, L, full),)
+        gates = gates + (row_tile(w + expert * (2 * F * H), f, F, k, H, L, full, "evict_first"),)
+        ups = ups + (row_tile(w + expert * (2 * F * H) + F * H, f, F, k, H, L, full, "evict_first"),)
+    if EXPERT < 0:
+        all_asked(PDL)
+    else:
+        begin(PDL)
     a = tl.zeros((L, RG, RW, 1), tl.float32)
     b = tl.zeros((L, RG, RW, 1), tl.float32)
     for k in tl.static_range(steps):
-        gate = tl.sum(to_f32(gates[k]) * xs[k], 3, keep_dims=True)
-        up = tl.sum(to_f32(ups[k]) * xs[k], 3, keep_dims=True)
-        if SCALED:
-            gate *= block_scale(se, group, 2 * F, k * (L * 8), H, L, full)
-            up *= block_scale(se, group + F, 2 * F, k * (L * 8), H, L, full)
-        a += gate
-        b += up
+        v = vector_tile(x, k * (L * 8), H, L, RG)
+        gate = tl.sum(to_f32(gates[k]) * v, 3, keep_dims=True)
+        up = tl.sum(to_f32(ups[k]) * v, 3, keep_dims=True)
+        a += gate * gate_scales[k] if SCALED else gate
+        b += up * up_scales[k] if SCALED else up
     a, b = tl.reduce((a, b), 0, pair_sum, keep_dims=True)
     tl.store(h + slot * F + f, (silu(a) * b).to(tl.bfloat16), mask=f < F)
+
+
+@triton.jit
+def up_one(x, ids, w, s, h, SLOTS: tl.constexpr, SHARED: tl.constexpr, H: tl.constexpr, F: tl.constexpr,
+           L: tl.constexpr, RG: tl.constexpr, RW: tl.constexpr, SCALED: tl.constexpr, PDL: tl.constexpr):
+    """h[slot] = silu(gate x) * up x of one token. Grid (F / (RG RW), slots); w [E, 2F, H], gate above up. SHARED: the
+    expert of the last slot where it is always the same, else -1; its programs come first."""
+    if SHARED >= 0:
+        if tl.program_id(1) == 0:
+            up_rows(x, ids, w, s, h, SLOTS - 1, SHARED, H, F, L, RG, RW, SCALED, PDL)
+        else:
+            up_rows(x, ids, w, s, h, tl.program_id(1) - 1, -1, H, F, L, RG, RW, SCALED, PDL)
+    else:
+        up_rows(x, ids, w, s, h, tl.program_id(1), -1, H, F, L, RG, RW, SCALED, PDL)
 
 
 @triton.jit
@@ -188,9 +197,10 @@ def down_one(h, ids, weights, w, s, r, y, SLOTS: tl.constexpr, H: tl.constexpr, 
             c = columns(k * (L * 8), L)
             at = w + expert * (H * F) + n * F + c
             if i * RG + RG <= SLOTS and F % (L * 8) == 0 and H % RW == 0:
-                tiles = tiles + (tl.load(at),)
+                tiles = tiles + (tl.load(at, eviction_policy="evict_first"),)
             else:
-                tiles = tiles + (tl.load(at, mask=(slot < SLOTS) & (n < H) & (c < F), other=0.0),)
+                tiles = tiles + (tl.load(at, mask=(slot < SLOTS) & (n < H) & (c < F), other=0.0,
+                                         eviction_policy="evict_first"),)
             if SCALED:
                 b = k * (L * 8) + tl.arange(0, L)[:, None, None, None] * 8
                 place = s + expert * blocks + (row0 // 128) * ((F + 127) // 128) + b // 128
@@ -198,14 +208,19 @@ def down_one(h, ids, weights, w, s, r, y, SLOTS: tl.constexpr, H: tl.constexpr, 
             else:
                 factors = factors + (weight,)
     begin(PDL)
-    acc = tl.zeros((L, RG, RW, 1), tl.float32)
+    inner, addend = (), 0.0
     for i in tl.static_range(passes):
         slot = i * RG + tl.arange(0, RG)[None, :, None, None]
         for k in tl.static_range(steps):
             c = columns(k * (L * 8), L)
-            v = tl.load(h + slot * F + c, mask=(slot < SLOTS) & (c < F), other=0.0).to(tl.float32)
-            acc += tl.sum(to_f32(tiles[i * steps + k]) * (v * factors[i * steps + k]), 3, keep_dims=True)
+            inner = inner + (tl.load(h + slot * F + c, mask=(slot < SLOTS) & (c < F), other=0.0),)
+    if ADD:
+        addend = tl.load(r + n, mask=n < H, other=0.0).to(tl.float32)
+    all_asked(PDL)
+    acc = tl.zeros((L, RG, RW, 1), tl.float32)
+    for k in tl.static_range(passes * steps):
+        acc += tl.sum(to_f32(tiles[k]) * (inner[k].to(tl.float32) * factors[k]), 3, keep_dims=True)
     out = tl.sum(tl.sum(acc, 0, keep_dims=True), 1, keep_dims=True)
     if ADD:
-        out = rounded(out) + tl.load(r + n, mask=n < H, other=0.0).to(tl.float32)
+        out = rounded(out) + addend
     tl.store(y + n, out.to(tl.bfloat16), mask=n < H)

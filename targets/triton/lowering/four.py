@@ -5,11 +5,12 @@ from __future__ import annotations
 from qcn_compile.targets.base import Call, Param, Ref
 from qcn_compile.targets.triton.choices import Cut, varied
 from qcn_compile.targets.triton.lowering.moe_tiles import sort, tile
+from qcn_compile.targets.triton.lowering.single import registers, shared_expert
 from qcn_compile.targets.triton.lowering.site import COUNTS, Site, call, cdiv, power, result, scratch
 
 KINDS: dict[str, dict[str, Param]] = {"nvfp4": {"G": 16, "S": "fp8", "WHOLE": True},
                                       "int4-g128": {"G": 128, "S": "f16", "WHOLE": False}}
-LANE = 16  # bytes of a row that a lane of the one-token kernels takes, at most those that share a scale
+LANE = 4  # words of eight codes that a lane of the one-token kernels takes of a row, at most those that share a scale
 
 
 def experts(site: Site, shape: tuple[int, int, int, int, int]) -> list[Call]:
@@ -51,13 +52,13 @@ def experts(site: Site, shape: tuple[int, int, int, int, int]) -> list[Call]:
 
 def _one(site: Site, slots: int, above: list[Ref], below: list[Ref], add: bool, sizes: dict[str, Param]) -> list[Call]:
     """The launches of one token; `above`, `below` their arguments."""
-    most = int(sizes["G"]) // 2
+    most = int(sizes["G"]) // 8
     hidden, inner = int(sizes["H"]), int(sizes["F"])
 
     def up(cut: Cut) -> Call:
         lanes, rows = _lanes(cut, most)
         return call("four_up_one", above, (cdiv(inner, int(rows["RG"]) * cut["RW"]), slots), **lanes, **rows, **sizes,
-                    INT4=not sizes["WHOLE"])
+                    SLOTS=slots, SHARED=shared_expert(site), INT4=not sizes["WHOLE"])
 
     def down(cut: Cut) -> Call:
         lanes, rows = _lanes(cut, most)
@@ -68,7 +69,8 @@ def _one(site: Site, slots: int, above: list[Ref], below: list[Ref], add: bool, 
 
 
 def _lanes(cut: Cut, most: int) -> tuple[dict[str, Param], dict[str, Param]]:
-    """Lanes and their bytes, groups of rows and the rest; `most`: bytes that share a scale."""
+    """Lanes and their words, groups of rows and the rest; `most`: words that share a scale."""
     size = min(LANE, most)
     lanes = cut["L"] * LANE // size
-    return {"L": lanes, "C": size}, {"RG": 32 * cut["WARPS"] // lanes, "RW": cut["RW"], "WARPS": cut["WARPS"]}
+    return {"L": lanes, "C": size}, {"RG": 32 * cut["WARPS"] // lanes, "RW": cut["RW"], "WARPS": cut["WARPS"],
+                                        **registers(cut)}

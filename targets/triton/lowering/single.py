@@ -25,7 +25,20 @@ def _form(encoding: Encoding) -> dict[str, Param]:
 
 def _cut(chosen: Cut) -> dict[str, Param]:
     """Lanes, groups of rows, rows of a group, warps."""
-    return {"L": chosen["L"], "RG": 32 * chosen["WARPS"] // chosen["L"], "RW": chosen["RW"], "WARPS": chosen["WARPS"]}
+    return {"L": chosen["L"], "RG": 32 * chosen["WARPS"] // chosen["L"], "RW": chosen["RW"], "WARPS": chosen["WARPS"],
+            **registers(chosen)}
+
+
+def registers(chosen: Cut) -> dict[str, Param]:
+    """A cap for each thread where there is one. With one, ptxas uses what it allows to ask for more at a time."""
+    return {"REGISTERS": chosen["REGISTERS"]} if "REGISTERS" in chosen else {}
+
+
+def shared_expert(site: Site) -> int:
+    """The expert that every token takes in its last slot; -1 where that is not known."""
+    maker = site.op.operands[1].op if site.op.operands[1] is not None else None
+    known = maker is not None and maker.name == "moe_route" and bool(maker.attrs["shared"])
+    return int(site.operand(3).type.shape[0]) - 1 if known else -1  # type: ignore[arg-type]
 
 
 def _tiled(family: str, args: Sequence[Ref], n: int, k: int, cut: Cut, fixed: dict[str, Param],
@@ -79,13 +92,13 @@ def experts(site: Site) -> list[Call]:
     (up_form, up), (down_form, down) = site.matrix(3), site.matrix(4)
     slots = int(site.operand(1).type.shape[1])  # type: ignore[arg-type]
     ids, weights = Ref("operand", index=1), Ref("operand", index=2)
-    h, add = scratch("h", slots * width, "bf16"), site.op.name == "moe_add"
+    h, add, shared = scratch("h", slots * width, "bf16"), site.op.name == "moe_add", shared_expert(site)
     above = [site.ref(0), ids, *up, h]
     below = [h, ids, weights, *down, *([site.ref(5)] if add else []), result()]
     return [
         varied(site.cuts, "up", lambda cut: call(
             "up_one", above, (cdiv(width, 32 * cut["WARPS"] // cut["L"] * cut["RW"]), slots), H=hidden, F=width,
-            **_cut(cut), **_form(up_form))),
+            SLOTS=slots, SHARED=shared, **_cut(cut), **_form(up_form))),
         varied(site.cuts, "down", lambda cut: call(
             "down_one", below, (cdiv(hidden, cut["RW"]),), SLOTS=slots, H=hidden, F=width, ADD=add, **_cut(cut),
             **_form(down_form)))]

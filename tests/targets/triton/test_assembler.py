@@ -58,5 +58,7 @@ def test_another_assembler_can_be_named(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setenv("TRITON_PTXAS_PATH", "/elsewhere/ptxas")
     monkeypatch.setattr(os, "environ", dict(os.environ))
+    assert Path(ptxas()).is_file()
+    monkeypatch.setattr(emit, "ptxas", lambda: pytest.fail("looked for the package's"))
     emit._prepare()
-    assert os.environ["TRITON_PTXAS_PATH"] == "/elsewhere/ptxas" and Path(ptxas()).is_file()
+    assert os.environ["TRITON_PTXAS_PATH"] == "/elsewhere/ptxas"
