@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib.util
 import sys
 import traceback
+from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from qcn_compile.errors import QcnError
+from qcn_compile.ir.optable import TABLE
 
 
 def import_file(path: str | Path) -> ModuleType:
@@ -42,6 +44,14 @@ def home(thing: Any) -> str:
     if name.startswith("qcn_compile."):
         return ""
     return str(getattr(sys.modules.get(name), "__file__", "") or name)
+
+
+def kernel_for(op_name: str, target: str, known: Iterable[str]) -> str:
+    """What to do about an op without a kernel: its plugin gives it one, or it becomes ops that have one."""
+    plugin = home(TABLE[op_name].reference) if op_name in TABLE else ""
+    if plugin:
+        return f"its plugin {plugin} can give it one with @qcn_compile.register_kernel({op_name!r}, target={target!r})"
+    return "rewrite it into ops that have one: " + ", ".join(sorted(known))
 
 
 def describe(error: Exception) -> str:

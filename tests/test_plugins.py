@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 import qcn_compile as qcn
-from qcn_compile.errors import LoweringError, PassError, UsageError
+from qcn_compile.errors import IRError, LoweringError, PassError, UsageError
 from qcn_compile.ir.graph import Op
 from qcn_compile.ir.optable import TABLE
+from qcn_compile.ir.rewrite import rewrite
 from qcn_compile.ir.text import parse_graph
 from qcn_compile.plugins import load_plugins
 from qcn_compile.targets.base import Bucket, Operand
@@ -89,6 +90,21 @@ def test_a_failing_kernel_names_file_and_op(tmp_path: Path) -> None:
     with pytest.raises(LoweringError, match=r"op twice: the source of its kernel \(kernel in .*bad.py\) failed at line "
                                             r"\d+ of bad.py: NameError"):
         CpuTarget("x86-64-v3").emit([call.kernel], tmp_path / "kernels")
+
+
+def test_an_op_without_a_kernel_names_the_plugin_and_the_cure(tmp_path: Path) -> None:
+    load_plugins([plugin(tmp_path, OP.partition("@qcn.register_kernel")[0], "bare.py")], installed=False)
+    with pytest.raises(LoweringError, match=r"twice at model.layers.0 .*no kernel for it; its plugin .*bare\.py can "
+                                            r"give it one with @qcn_compile.register_kernel\('twice', target='cpu'\)"):
+        launches(parse_graph(TEXT).ops[0])
+
+
+@pytest.mark.parametrize("equation", ["twixe(x) => neg(x)", "neg(x) => twixe(x)", "neg(x) => neg(exp(twixe(x)))"])
+def test_a_rule_with_an_op_that_nobody_registered(equation: str) -> None:
+    """Whether or not it would fire: a typing error on the left never would."""
+    graph = parse_graph("graph @main(%x: f32[T,12]) {\n  return %x\n}\n")
+    with pytest.raises(IRError, match=r"rule doubled \(.*\): no op named 'twixe'"):
+        rewrite(graph, [qcn.Rule("doubled", equation)])
 
 
 def test_loading_errors(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from qcn_compile.errors import IRError
@@ -137,6 +138,19 @@ class Rule:
                 raise IRError(f"rule {self.name}: an equation needs '=>'")
             _PARSED[self.equation] = (_side(" ".join(left.split())), _side(" ".join(right.split())))
         return _PARSED[self.equation]
+
+    @cached_property
+    def ops(self) -> frozenset[str]:
+        """Names of the ops on both sides; the marker too."""
+        trees = [tree for outputs, bound in self.sides for tree in (*(t for _, t in outputs), *bound.values())]
+        return frozenset(filter(None, (self.marker, *(name for tree in trees for name in _ops(tree)))))
+
+
+def _ops(node: Node) -> Iterator[str]:
+    if node.op is not None and not node.op.endswith("?"):
+        yield node.op
+    for part in node.args:
+        yield from _ops(part)
 
 
 _PARSED: dict[str, tuple[Any, Any]] = {}

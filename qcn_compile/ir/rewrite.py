@@ -176,7 +176,16 @@ class Fired:
 
 
 def rewrite(graph: Graph, rules: list[Rule]) -> list[Fired]:
-    """Apply rules, in order, everywhere they match; report what fired and, at surviving markers, why not."""
+    """Apply rules, in order, everywhere they match; report what fired and, at surviving markers, why not.
+
+    Raises IRError for a rule with an op that no table has: it would never fire, or fail only where it does.
+    """
+    for rule in rules:
+        for name in sorted(rule.ops):
+            try:
+                row(name)
+            except IRError as error:
+                raise IRError(f"rule {rule.name} ({rule.equation}): {error}") from None
     rewriter, log = Rewriter(graph), []
     missed: dict[tuple[str, Op], NoMatch] = {}
     for rule in rules:

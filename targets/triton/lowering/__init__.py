@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from qcn_compile.targets.base import Call
+from qcn_compile.targets.files import kernel_for
 from qcn_compile.targets.triton.lowering import gemm, linear, mixer, moe, ranks, rows, sample, single
 from qcn_compile.targets.triton.lowering.site import Site
 
@@ -38,6 +39,6 @@ def lower(site: Site) -> list[Call]:
     """The launches that compute an op. Raises LoweringError naming op, place and cure."""
     found = LOWERINGS.get(site.op.name)
     if found is None:
-        cure = CURES.get(site.op.name, "rewrite it into ops that have one: " + ", ".join(sorted(LOWERINGS)))
+        cure = CURES.get(site.op.name) or kernel_for(site.op.name, "gpu", LOWERINGS)
         raise site.fail("the GPU targets have no kernel for it", cure)
     return found(site)
