@@ -18,7 +18,7 @@ def columns(c0, L: tl.constexpr):
 
 
 @triton.jit
-def row_tile(w, row, rows, c0, K: tl.constexpr, L: tl.constexpr, FULL: tl.constexpr, EVICT: tl.constexpr = ""):
+def row_tile(w, row, rows, c0, K: tl.constexpr, L: tl.constexpr, FULL: tl.constexpr, EVICT: tl.constexpr):
     """w[row, c0 : c0 + L C] as stored, [L, RG, RW, C]; rows [1, RG, RW, 1]. Outside: zeros."""
     k = columns(c0, L)
     if FULL:
@@ -61,7 +61,7 @@ def tile_products(row0, x, norm_w, w, s, r, normed, y, N: tl.constexpr, K: tl.co
     n = group + tl.arange(0, RW)[None, None, :, None]
     held, norms, scales = (), (), ()
     for i in tl.static_range(HOLD):
-        held = held + (row_tile(w, n, N, i * (L * 8), K, L, full),)
+        held = held + (row_tile(w, n, N, i * (L * 8), K, L, full, ""),)
         if SCALED:
             scales = scales + (block_scale(s, group, N, i * (L * 8), K, L, full),)
     if NORM:
@@ -75,7 +75,7 @@ def tile_products(row0, x, norm_w, w, s, r, normed, y, N: tl.constexpr, K: tl.co
         if NORM:
             squares += tl.sum(v * v, 3, keep_dims=True)
             v *= norms[i]
-        tile = held[i] if i < HOLD else row_tile(w, n, N, i * (L * 8), K, L, full)
+        tile = held[i] if i < HOLD else row_tile(w, n, N, i * (L * 8), K, L, full, "")
         part = tl.sum(to_f32(tile) * v, 3, keep_dims=True)
         if SCALED:
             part *= scales[i] if i < HOLD else block_scale(s, group, N, i * (L * 8), K, L, full)
