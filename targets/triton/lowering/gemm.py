@@ -33,8 +33,9 @@ def tiles(tokens: int, n: int, narrow: bool, scaled: bool) -> dict[str, Param]:
     large = cdiv(n, 128) * cdiv(tokens, 128)
     if large < CORES and (tokens < 512 or not narrow):
         return {**one, "BT": 64, "BN": 64, "GROUP": 8, "WARPS": 4, "STAGES": 3}
-    if narrow and tokens <= 1024:
-        return {**one, "BT": 64, "BN": 128, "GROUP": 16, "WARPS": 4, "STAGES": 4}
+    if narrow and tokens <= 1024:  # three programs a multiprocessor, or two that load further ahead
+        many = cdiv(n, 128) * cdiv(tokens, 64) > 2 * CORES
+        return {**one, "BT": 64, "BN": 128, "GROUP": 16, "WARPS": 4, "STAGES": 3 if many else 4}
     if narrow and large >= 4 * CORES:
         return {**one, "BT": 128, "BN": 128, "SIDE": 2, "GROUP": 16, "WARPS": 8, "STAGES": 3}
     return {**one, "BT": 128, "BN": 128, "GROUP": 8, "WARPS": 8, "STAGES": 3}
