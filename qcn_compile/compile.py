@@ -10,7 +10,7 @@ from typing import Any
 from qcn_compile.artifact import Manifest, building, seal
 from qcn_compile.errors import ModelError, UsageError
 from qcn_compile.frontend import Traced, trace_model
-from qcn_compile.frontend.checkpoint import Located, load_config, locate
+from qcn_compile.frontend.checkpoint import Located, load_config, locate, scheme_of_checkpoint
 from qcn_compile.ir.graph import Graph
 from qcn_compile.ir.types import DType
 from qcn_compile.ir.verify import verify
@@ -18,6 +18,7 @@ from qcn_compile.lowering.buckets import buckets_for
 from qcn_compile.lowering.calibrate import Calibrated, calibrate, read_text
 from qcn_compile.lowering.decide import Decision, decide, plan_for
 from qcn_compile.lowering.schedule import schedule
+from qcn_compile.lowering.weight_errors import weight_errors
 from qcn_compile.passes.base import PassContext
 from qcn_compile.passes.shard import Shard
 from qcn_compile.passes.split_stages import SplitStages
@@ -151,8 +152,10 @@ def _front(model: str | Path | None, target: str, options: Options, clock: Clock
     """Target, checkpoint, traced graphs, decisions and layout: everything before the passes."""
     chosen = load_target(target, options.mcpu)
     located = locate(None if model is None else str(model), "cpu" if chosen.kind == "null" else chosen.kind)
-    verdict = plan_for(located.name, load_config(located.config)[1], chosen, options.dtype, options.quant,
-                       options.context_length, options.mcpu, **{name: getattr(options, name) for name in WISHES})
+    config = {**load_config(located.config)[1], "quantization_config": scheme_of_checkpoint(located.config)}
+    errors = weight_errors(located.path) if located.path is not None and options.quant == "auto" else {}
+    verdict = plan_for(located.name, config, chosen, options.dtype, options.quant, options.context_length, options.mcpu,
+                       errors=errors, **{name: getattr(options, name) for name in WISHES})
     layout = verdict.chosen.layout if verdict else _asked(located, options)
     if verdict and announce:
         announce(verdict)

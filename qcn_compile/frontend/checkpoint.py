@@ -136,6 +136,12 @@ def load_config(folder: Path) -> tuple[PreTrainedConfig, dict[str, Any]]:
     return config, {**{key: value for key, value in raw.items() if key not in parts}, **raw.get("text_config", {})}
 
 
+def scheme_of_checkpoint(folder: Path) -> dict[str, Any]:
+    """The quantization_config of a checkpoint, or nothing. Raises ModelError for a config.json that is none."""
+    path = folder / "config.json"
+    return (_json(path, "download it again").get("quantization_config") or {}) if path.is_file() else {}
+
+
 def _check_scheme(path: Path, scheme: dict[str, Any]) -> None:
     """Raises ModelError for a quantised checkpoint that cannot be read."""
     method = scheme.get("quant_method", "unknown")
@@ -167,9 +173,7 @@ class Checkpoint:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.scheme: dict[str, Any] = {}
-        if (path / "config.json").is_file():
-            self.scheme = _json(path / "config.json", "download it again").get("quantization_config") or {}
+        self.scheme = scheme_of_checkpoint(path)
         self.stored: dict[str, Stored] = {}
         for file in self._files():
             self.stored.update(read_header(file))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,12 +50,14 @@ def wishes(args: argparse.Namespace) -> dict[str, Any]:
 
 def ask_of(name: str, config: dict[str, Any], chip: Hardware, quant: str, base: str, context: int | None, *,
            max_running_requests: int | None = None, memory: float | None = None, error_budget: float | None = None,
-           gpus: int | None = None, tp: int | None = None, ep: int | None = None, pp: int | None = None) -> Ask:
-    """What flags ask for a model. `memory` in GB."""
+           gpus: int | None = None, tp: int | None = None, ep: int | None = None, pp: int | None = None,
+           errors: Mapping[str, float] | None = None) -> Ask:
+    """What flags ask for a model. `memory` in GB; `errors`: of formats on its own weights, where measured."""
     return Ask(config.get("text_config") or config, name, chip, memory * 1e9 if memory else memory_of(chip),
                quant=quant, base=base, context=context, requests=max_running_requests or 1,
                slots=max_running_requests or SLOTS, gpus=gpus, tp=tp, ep=ep, pp=pp,
-               budget=BUDGET[chip.kind] if error_budget is None else error_budget, fp8_blocks=has_fp8_blocks(config))
+               budget=BUDGET[chip.kind] if error_budget is None else error_budget, errors=errors or {},
+               fp8_blocks=has_fp8_blocks(config))
 
 
 def memory_of(chip: Hardware) -> float:

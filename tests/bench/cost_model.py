@@ -1,9 +1,9 @@
 """Predicted against measured times: python -m tests.bench.cost_model
 
-The measured ones are those of docs/performance.md. GPU: one H100 80GB, FP8, 2026-11-25, commits in
-targets/efficiency/gpu.toml. CPU: 2 virtual cores of an AMD EPYC, with AVX-512 (commit 5a30672, 2026-11-23) and without
-(`qcn-bench cpu --vs llama.cpp`, 2026-11-25). The efficiencies were fitted to most of them, so the errors tell how well
-one set of numbers describes all points, not how well it would foresee another card.
+The measured ones are those of docs/performance.md. GPU: the steps of points.csv that have run, and kernels of one H100
+80GB, FP8, 2026-11-25, commits in targets/efficiency/gpu.toml. CPU: 2 virtual cores of an AMD EPYC, with AVX-512 (commit
+5a30672, 2026-11-23) and without (`qcn-bench cpu --vs llama.cpp`, 2026-11-25). The efficiencies were fitted to most of
+them, so the errors tell how well one set of numbers describes all points, not how well it would foresee another card.
 """
 
 from __future__ import annotations
@@ -11,9 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 
-import qcn_compile
 from qcn_compile.planning.formats import schemes
 from qcn_compile.planning.predict import Predictor
 from qcn_compile.planning.shape import ModelShape, shape_of
@@ -21,8 +19,7 @@ from qcn_compile.planning.work import Step
 from qcn_compile.targets.cost import cost
 from qcn_compile.targets.layout import Layout
 from qcn_compile.targets.spec import Figure, Hardware, hardware
-
-CODER = Path(qcn_compile.__file__).parent / "assets/qwen3-coder-next/config.json"
+from tests.bench.predictions import CODER, rows
 
 
 @dataclass(frozen=True)
@@ -47,14 +44,7 @@ def points() -> Iterator[Point]:
     """Whole steps, then single kernels."""
     config = json.loads(CODER.read_text())
     gpu = predictor("gpu", "fp8", shape_of(config), hardware("h100"))
-    half = predictor("gpu", "fp8", shape_of({**config, "num_hidden_layers": 24}), hardware("h100"))
-    for batch, measured in ((1, 1.927), (4, 6.64)):
-        yield Point(f"H100 decode, batch {batch}", measured, gpu.decode(batch, 1024).seconds * 1e3)
-    for batch, measured in ((8, 3.91), (16, 5.76), (32, 8.96), (128, 18.3)):
-        yield Point(f"H100 24 layers, decode, batch {batch}", measured, half.decode(batch, 1000).seconds * 1e3)
-    for tokens, measured in ((512, 19.4), (1024, 22.4), (2048, 28.4), (4096, 42.6), (8192, 77.8)):
-        step = half.step(Step(tokens, 1, 1, 0))
-        yield Point(f"H100 24 layers, prompt of {tokens}", measured, step.seconds * 1e3)
+    yield from (Point(row.name, row.measured, row.predicted) for row in rows() if row.measured is not None)
     yield from _kernels(gpu)
     yield from _cpus(shape_of({**config, "num_hidden_layers": 12, "num_experts": 64, "num_experts_per_tok": 8,
                                "vocab_size": 32768}))  # the model of tests/bench/cpu_vs_llama.py
@@ -65,9 +55,9 @@ def _cpus(model: ModelShape) -> Iterator[Point]:
     host = hardware("host")
     with_vnni = [("int4", 1, 67.1, 339), ("int4", 2, 95.7, 642)]
     without = [("int4", 1, 51.4, 77), ("int4", 2, 78.1, 122), ("int8", 1, 28.1, 56), ("int8", 2, 43.2, 96)]
-    for name, rows, reads, rate, context in (("AVX-512", with_vnni, (36.7, 71.0), 473.5, 560),
+    for name, table, reads, rate, context in (("AVX-512", with_vnni, (36.7, 71.0), 473.5, 560),
                                              ("AVX2", without, (32.9, 54.6), 78.0, 100)):
-        for quant, cores, decode, prefill in rows:
+        for quant, cores, decode, prefill in table:
             chip = replace(host, bandwidth=Figure(reads[cores - 1], "a read in the same hour"),
                            flops=Figure(118.5 * cores, "2 FMA x 8 lanes x 2 x 3.7 GHz a core"),
                            rates={"int8": Figure(rate * cores, "AVX-512: 4 x f32; AVX2: fitted to the prompts")})
@@ -91,9 +81,9 @@ def _kernels(gpu: Predictor) -> Iterator[Point]:
 
 def main() -> None:
     """A table, worst error last."""
-    print(f"{'':38} {'measured ms':>12} {'predicted':>10} {'error':>7}")
+    print(f"{'':70} {'measured ms':>12} {'predicted':>10} {'error':>7}")
     for point in sorted(points(), key=lambda p: abs(p.error)):
-        print(f"{point.name:38} {point.measured:12.4f} {point.predicted:10.4f} {point.error:+7.1%}")
+        print(f"{point.name:70} {point.measured:12.4f} {point.predicted:10.4f} {point.error:+7.1%}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""Predicted beside measured times of steps on GPUs, one line a row of points.csv: python -m tests.bench.predictions [FILE]
+"""Predicted beside measured times of steps on GPUs, a line for each row of points.csv: tests.bench.predictions [FILE]
 
-Columns: target, quant, tp, ep, layers, step (decode or prompt), size (sequences, or tokens of a prompt), context (tokens
-before each), measured (ms; empty: not yet), source (date and commit). A measured row without an error within 25 % says so.
+Columns: target, quant, tp, ep, layers, step (decode or prompt), size (sequences, or tokens of a prompt), context (of
+tokens before), measured (ms; empty: not yet), source (date, commit). The efficiencies were fitted to the fp8 rows of one H100;
+the others show what they foresee.
 """
 
 from __future__ import annotations
@@ -13,14 +14,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import qcn_compile
 from qcn_compile.planning.formats import scheme_of
 from qcn_compile.planning.predict import Predictor
 from qcn_compile.planning.shape import shape_of
 from qcn_compile.planning.work import Step
 from qcn_compile.targets.layout import layout_for
 from qcn_compile.targets.spec import hardware
-from tests.bench.cost_model import CODER
 
+CODER = Path(qcn_compile.__file__).parent / "assets/qwen3-coder-next/config.json"
 FILE = Path(__file__).with_name("points.csv")
 WANTED = 0.25  # relative error
 
@@ -39,7 +41,7 @@ class Row:
         return None if self.measured is None else self.predicted / self.measured - 1
 
 
-def rows(file: Path) -> Iterator[Row]:
+def rows(file: Path = FILE) -> Iterator[Row]:
     """The rows of a file, in order. Raises KeyError for a missing column, ValueError for a cell that is no number."""
     whole = json.loads(CODER.read_text())
     with file.open(encoding="utf-8", newline="") as lines:

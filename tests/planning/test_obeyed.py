@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 import qcn_compile as qcn
 from qcn_compile.artifact import read_manifest
 from qcn_compile.cli import main
 from qcn_compile.errors import UsageError
 from qcn_compile.inspect import cli as inspect_cli
+from qcn_compile.lowering.weight_errors import weight_errors
+from qcn_compile.planning.command import ask_of
+from qcn_compile.planning.errors import relative_errors
+from qcn_compile.planning.verdict import decide_plan
+from qcn_compile.targets.spec import hardware
+
+ASSETS = Path(qcn.__file__).parent / "assets"
+BUNDLED, CODER = ASSETS / "tiny-coder", ASSETS / "qwen3-coder-next/config.json"
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +63,37 @@ def test_what_was_planned_was_built(build: tuple[Path, str], capsys: pytest.Capt
 def inspected(capsys: pytest.CaptureFixture[str], folder: Path) -> dict[str, Any]:
     inspect_cli.main(["decisions", str(folder), "--json"])
     return json.loads(capsys.readouterr().out)
+
+
+def test_errors_are_measured_on_the_checkpoint(tmp_path: Path) -> None:
+    """Weights with outliers make four bits worse than the table says, and an automatic choice obeys that."""
+    model = tmp_path / "model"
+    shutil.copytree(BUNDLED, model)
+    usual = weight_errors(model)
+    assert {name: pytest.approx(error, rel=0.1) for name, error in usual.items()} == {
+        name: error for name, error in relative_errors().items() if name in usual}
+    for file in model.glob("*.safetensors"):
+        tensors = load_file(file)
+        for tensor in tensors.values():
+            if tensor.dim() > 1:
+                tensor[..., ::16] *= 20
+        save_file(tensors, file)
+    worse = weight_errors(model)
+    assert worse["int4-g128"] > worse["int4"] > 1.2 * usual["int4"]
+    assert worse["fp8"] == pytest.approx(usual["fp8"], rel=0.2)
+    config = {**json.loads(CODER.read_text()), "quantization_config": {}}
+    chosen = [decide_plan(ask_of("coder", config, hardware("znver5"), "auto", "bf16", None, memory=512, errors=errors))
+              for errors in (usual, {**worse, "int4": 0.2})]
+    assert [verdict.chosen.scheme.name for verdict in chosen] == ["int4", "int8"]
+    assert ("int4, tp 1", "int4 would take") in {(title, reason[:15]) for title, reason in chosen[1].rejected}
+
+
+def test_blocks_of_an_fp8_checkpoint_bind_a_build_too(tmp_path: Path) -> None:
+    config = json.loads(CODER.read_text())
+    blocks = {"quant_method": "fp8", "weight_block_size": [128, 128], "fmt": "e4m3", "activation_scheme": "dynamic"}
+    (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": blocks}))
+    with pytest.raises(UsageError, match=r"512 / 8 = 64 columns .* add --ep 2 or more"):
+        qcn.compile(tmp_path, "h100", tmp_path / "build", tp=8, weights="late")
 
 
 def test_it_runs(build: tuple[Path, str]) -> None:
