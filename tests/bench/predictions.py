@@ -1,8 +1,8 @@
 """Predicted beside measured times of steps on GPUs, a line for each row of points.csv: tests.bench.predictions [FILE]
 
-Columns: target, quant, tp, ep, layers, step (decode or prompt), size (sequences, or tokens of a prompt), context (of
-tokens before), measured (ms; empty: not yet), source (date, commit). The efficiencies were fitted to the fp8 rows of one H100;
-the others show what they foresee.
+Columns: target, quant, tp, ep, layers; step: decode or prompt; size: sequences, or tokens of a prompt; context: tokens
+before each; measured: ms, empty when it has not run; source: date and commit. The efficiencies were fitted to the fp8
+rows of one H100; the others show what they foresee.
 """
 
 from __future__ import annotations
