@@ -98,12 +98,28 @@ def address(array: np.ndarray) -> int:
     return int(array.ctypes.data)
 
 
+_named: dict[tuple[int, int], str] = {}
+
+
+def by_inode(library: Path) -> Path:
+    """A name for dlopen that no other file ever had: it takes a known path for the library it knows, even when the
+    folder was built anew. The file stays open with the process, as the library does."""
+    try:
+        status = library.stat()
+        key = (status.st_dev, status.st_ino)
+        if key not in _named:
+            _named[key] = f"/proc/self/fd/{os.open(library, os.O_RDONLY)}"
+    except OSError:
+        return library
+    return Path(_named[key]) if os.path.exists(_named[key]) else library
+
+
 class HostLibrary:
     """`libqcnhost.so`: loads kernel libraries and runs launch tables on its thread pool."""
 
     def __init__(self, path: Path) -> None:
         try:
-            self._library = library = ctypes.CDLL(str(path))
+            self._library = library = ctypes.CDLL(str(by_inode(path)))
         except OSError as error:
             raise ArtifactError(f"cannot load {path}: {error}; it was built for another system: "
                                 "build again with qcn-compile for this machine") from None
@@ -150,7 +166,7 @@ class HostLibrary:
         self._shutdown()
 
     def load(self, path: Path) -> int:
-        handle = self._load(str(path).encode())
+        handle = self._load(str(by_inode(path)).encode())
         if not handle:
             raise ArtifactError(f"cannot load {path}: {self.error()}; it was built for another system: "
                                 "build again with qcn-compile for this machine")

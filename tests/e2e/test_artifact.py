@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from qcn_compile import load
 from qcn_compile.artifact import SCHEMA, read_manifest, read_plan
 from qcn_compile.compile import compile as build
 
@@ -23,6 +26,16 @@ def test_two_builds_are_byte_for_byte_equal(builds: Callable[[str], Path], tmp_p
     names = sorted(p.relative_to(first) for p in first.rglob("*") if p.is_file())
     assert names == sorted(p.relative_to(again) for p in again.rglob("*") if p.is_file())
     assert not [n for n in names if (first / n).read_bytes() != (again / n).read_bytes()]
+
+
+def test_a_folder_that_was_built_anew_is_loaded_anew(builds: Callable[[str], Path], tmp_path: Path) -> None:
+    """dlopen would give the first build's kernels once more for the same path."""
+    folder, tokens = tmp_path / "build", [5, 100, 7]
+    for variant in ("int4", "bf16"):
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(builds(variant), folder)
+        with load(folder) as here, load(builds(variant)) as there:
+            assert np.array_equal(here.logits(tokens), there.logits(tokens))
 
 
 def test_every_kernel_has_its_source_beside_it(builds: Callable[[str], Path]) -> None:
@@ -53,8 +66,6 @@ def test_a_layer_is_thirteen_launches_or_less(builds: Callable[[str], Path]) -> 
 
 @pytest.mark.parametrize("damage", ["truncate", "edit", "remove", "schema", "foreign"])
 def test_a_damaged_build_is_refused(builds: Callable[[str], Path], tmp_path: Path, damage: str) -> None:
-    import shutil
-
     folder = shutil.copytree(builds("int4"), tmp_path / "build")
     kernels = folder / "kernels" / "libkernels.so"
     if damage == "truncate":
