@@ -66,6 +66,9 @@ def test_hover_tells_shapes_bytes_and_time(page: Any) -> None:
     assert not page.locator("#tip").is_visible()
     assert "of the limit" in tip(page, page.locator("#roof circle").first)
     assert "launch 0 to" in tip(page, page.locator("#mem rect").first)
+    roof = [tuple(map(float, at.split(","))) for at in page.locator("#roof polyline").get_attribute("points").split()]
+    (x0, y0), (x1, y1), (x2, y2) = roof
+    assert x0 < x1 < x2 and y0 > y1 == y2  # a slope, then flat
     text = tip(page, page.locator("#passes g", has_text="fuse-moe").first)
     assert "fuse-moe: " in text and " ops\nroute" in text
 
