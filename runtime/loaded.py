@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
@@ -205,13 +206,15 @@ class Model:
         self.executable.check_integrity()
 
     def close(self) -> None:
-        """End all requests and stop the threads. The model cannot run afterwards."""
-        self.engine.abort_all()
-        if self.engine.prefixes is not None:
-            self.engine.prefixes.close()
-        close(self._device, self.executable)
-        if self.executable.routing is not None:
-            self.executable.routing.write()
+        """End all requests and stop the threads, whatever fails on the way: keeping the prefixes of the last requests
+        needs all ranks, and one may be gone. The model cannot run afterwards."""
+        with ExitStack() as last:
+            if self.executable.routing is not None:
+                last.callback(self.executable.routing.write)
+            last.callback(close, self._device, self.executable)
+            if self.engine.prefixes is not None:
+                last.callback(self.engine.prefixes.close)
+            self.engine.abort_all()
 
     def __enter__(self) -> Model:
         return self

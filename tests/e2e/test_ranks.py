@@ -16,7 +16,7 @@ import pytest
 
 from qcn_compile.artifact import read_manifest
 from qcn_compile.compile import compile as build
-from qcn_compile.errors import DeviceError
+from qcn_compile.errors import DeviceError, RankError
 from qcn_compile.runtime.loaded import load
 from qcn_compile.runtime.prefix.options import PrefixOptions
 from qcn_compile.runtime.speculation.options import SpeculationOptions
@@ -163,6 +163,21 @@ def test_a_killed_rank_ends_the_run(builds):
     _, words = process.communicate(timeout=30)
     assert process.returncode == 7
     assert "rank 1 (process" in words and "was killed by SIGKILL" in words and "Traceback" not in words
+
+
+def test_a_model_is_closed_whole_without_a_rank(builds, monkeypatch):
+    """Closing keeps prefixes, which asks every rank of a GPU build; the device is given back all the same."""
+    model = load(builds("fp32-tp2"), max_running_requests=2, prefix=PrefixOptions())
+
+    def copied(node, slot):
+        raise RankError("rank 1 (process 1) was killed by SIGKILL")
+
+    stream = model.generate(PROMPTS[0], temperature=0, max_tokens=50, ignore_eos=True)
+    next(stream)
+    monkeypatch.setattr(model.engine.prefixes.tiers, "keep_state", copied)
+    with pytest.raises(RankError):
+        model.close()
+    assert not model._device._open
 
 
 def test_a_stopped_rank_ends_the_run_at_the_deadline(builds):
