@@ -27,6 +27,7 @@ def cases(target: str) -> None:
     card = GpuTarget(target)
     kernels = {call.kernel: None for case, _ in every() for _, call in case.lower(card)}
     card.emit(list(kernels), OUT / "kernels")
+    (OUT / "kernels" / "target").write_text(target)
 
 
 def reference(model: Path) -> None:

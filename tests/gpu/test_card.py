@@ -50,7 +50,7 @@ def test_kernels(card) -> None:  # type: ignore[no-untyped-def]
 
     from qcn_compile.targets.triton.target import GpuTarget
 
-    target, failures = GpuTarget("h200"), []
+    target, failures = GpuTarget((BUILDS / "kernels" / "target").read_text()), []
     for case, batches in every():
         worst = 0.0
         for seed, ragged in enumerate(batches):

@@ -62,7 +62,7 @@ def sorted_experts(site: Site, shape: tuple[int, int, int, int, int], up: tuple[
              BK=128 if narrow else 64, SX=hidden if narrow else site.stride(0), WARPS=4 if few else 8,
              STAGES=5 if few else 4, **shared, **up[1]),
         call("moe_down_tiles", [*h, *tiled, *down[0], o, COUNTS], (most * cdiv(hidden, 128),), BH=128,
-             BK=block if narrow else 64, WARPS=4 if few or narrow else 8, STAGES=3, **shared, **down[1]),
+             BK=block if narrow else 64, WARPS=4 if few else 8, STAGES=3, **shared, **down[1]),
         call("moe_combine", [o, weights, *([site.ref(5 + extra)] if add else []), result(), COUNTS],
              (tokens, cdiv(hidden, 1024)), SLOTS=slots, H=hidden, BH=min(1024, power(hidden)),
              SR=site.stride(5 + extra) if add else 0, ADD=add)]
