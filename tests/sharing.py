@@ -11,6 +11,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from hashlib import sha256
 from importlib import import_module
@@ -25,13 +26,15 @@ write_object = emit.write_object
 
 
 def traced(source: Any, dtype: Any = None, made_up_head: bool = False) -> Any:
-    """`trace_model`, but the bundled model's trace is kept."""
-    from qcn_compile.frontend.checkpoint import locate
+    """`trace_model`, but the bundled model's trace is kept, whatever name leads to it."""
+    from qcn_compile.frontend.checkpoint import Located, locate
     from qcn_compile.frontend.model import trace_model
     from qcn_compile.ir.types import DType
 
-    arguments = source, dtype or DType.f32, made_up_head
-    return kept(*arguments) if source == locate(None, "cpu") else trace_model(*arguments)
+    bundled, rest = locate(None, "cpu"), (dtype or DType.f32, made_up_head)
+    if isinstance(source, Located) and source.path is not None and source.path.resolve() == bundled.path:
+        return replace(kept(bundled, *rest), name=source.name)
+    return trace_model(source, *rest)
 
 
 @cache

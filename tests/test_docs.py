@@ -1,8 +1,7 @@
-"""The documentation runs: python blocks and qcn-* commands; generated pages are current; the site builds strictly."""
+"""The documentation runs: python blocks, commands, servers; generated pages are current; the site builds strictly."""
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import shlex
@@ -11,14 +10,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import pytest
 
-from qcn_compile import cli, opt
-from qcn_compile.inspect import cli as inspect_cli
-from qcn_compile.runtime import cli as run_cli
-from qcn_compile.runtime.bench import cli as bench_cli
+from tests.reader import COMMANDS, Reader
 from tests.sharing import one_trace
 
 ROOT = Path(__file__).parent.parent
@@ -27,8 +22,6 @@ PAGES = sorted(DOCS.glob("*.md"))
 ALL = [ROOT / "README.md", *PAGES]
 BLOCK = re.compile(r"(?:<!-- (?P<key>skip|file): (?P<value>[^\n]*) -->\n)?^```(?P<language>\w*)\n(?P<body>.*?)^```",
                    re.S | re.M)
-COMMANDS: dict[str, Any] = {"qcn-compile": cli, "qcn-opt": opt, "qcn-inspect": inspect_cli, "qcn-run": run_cli,
-                            "qcn-bench": bench_cli}
 SHOWN = ("text", "json", "toml", "yaml")  # no code
 RUN = [page for page in ALL if any(b["language"] in ("python", "bash") and b["key"] != "skip"
                                    for b in BLOCK.finditer(page.read_text(encoding="utf-8")))]
@@ -38,15 +31,6 @@ RUN = [page for page in ALL if any(b["language"] in ("python", "bash") and b["ke
 def shared_trace() -> Iterator[None]:
     with one_trace():
         yield
-
-
-def command(line: str) -> None:
-    """One qcn-* command, in this process; `> FILE` takes its output."""
-    words = shlex.split(line, comments=True)
-    target = Path(words[words.index(">") + 1]) if ">" in words else Path("/dev/null")
-    words = words[:words.index(">")] if ">" in words else words
-    with target.open("w") as out, contextlib.redirect_stdout(out):
-        assert COMMANDS[words[0]].main(words[1:]) == 0, line
 
 
 def lines(body: str) -> list[str]:
@@ -62,27 +46,29 @@ def test_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     (tmp_path / "docs").symlink_to(DOCS)
     module = ModuleType("page_" + page.stem.replace("-", "_"))  # dataclasses look it up
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    for block in BLOCK.finditer(page.read_text(encoding="utf-8")):
-        if block["key"] == "skip":
-            continue
-        if block["key"] == "file":
-            Path(block["value"]).write_text(block["body"], encoding="utf-8")
-        elif block["language"] == "python":
-            exec(compile(block["body"], page.name, "exec", dont_inherit=True), module.__dict__)
-        elif block["language"] == "bash":
-            for line in lines(block["body"]):
-                command(line)
+    with Reader(tmp_path) as reader:
+        for block in BLOCK.finditer(page.read_text(encoding="utf-8")):
+            if block["key"] == "skip":
+                continue
+            if block["key"] == "file":
+                Path(block["value"]).write_text(block["body"], encoding="utf-8")
+            elif block["language"] == "python":
+                exec(compile(block["body"], page.name, "exec", dont_inherit=True), module.__dict__)
+            elif block["language"] == "bash":
+                for line in lines(block["body"]):
+                    reader.run(line)
 
 
 @pytest.mark.parametrize("page", ALL, ids=lambda p: p.name)
 def test_no_block_is_left_out_silently(page: Path) -> None:
-    """Code runs, or a reason stands above it and its commands have the flags they name."""
+    """Code runs, or installs packages or is this suite: then a reason stands above it and its flags exist."""
     text = page.read_text(encoding="utf-8")
     assert len(re.findall(r"^ *```", text, re.M)) == 2 * len(list(BLOCK.finditer(text))), "an indented or open block"
     for block in BLOCK.finditer(text):
         assert block["language"] in ("python", "bash", *SHOWN), f"{page.name}: language of {block['body'][:60]!r}"
         if block["key"] == "skip":
             assert len(block["value"].split()) >= 2, f"{page.name}: why is {block['body'][:60]!r} skipped?"
+            assert re.search(r"pip install|tools/test", block["body"]), f"{page.name}: {block['body'][:60]!r} could run"
             for line in lines(block["body"]) if block["language"] == "bash" else ():
                 words = shlex.split(line, comments=True)
                 if words and words[0] in COMMANDS:
