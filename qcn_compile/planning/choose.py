@@ -9,7 +9,7 @@ from typing import Any
 
 from qcn_compile.errors import UsageError
 from qcn_compile.planning.errors import relative_errors
-from qcn_compile.planning.formats import Scheme, scheme_of, schemes
+from qcn_compile.planning.formats import EXPERTS_ONLY, Scheme, scheme_of, schemes
 from qcn_compile.planning.memory import Needs, elements, needs
 from qcn_compile.planning.predict import Predictor
 from qcn_compile.planning.shape import ModelShape, shape_of
@@ -23,7 +23,6 @@ SMALL = 256 << 20  # bytes in bf16 up to which a model gains nothing from quanti
 SLOTS = 16  # states of running requests that a server asks for by default
 KERNELS = {"triton": ("bf16", "fp8", "int4-g128", "nvfp4"), "tvm": ("f32", "bf16", "int8", "int4"), "": ()}
 """Formats that kernels are written for, by backend."""
-EXPERTS = ("int4-g128", "nvfp4")  # of those, the ones that only the experts' kernels read
 
 
 @dataclass(frozen=True)
@@ -147,7 +146,7 @@ def _candidate(ask: Ask, scheme: Scheme, layout: Layout) -> Candidate:
 def _written(scheme: Scheme, backend: str) -> bool:
     """Whether there are kernels for each class of weights."""
     elsewhere = {scheme.dense, scheme.head}
-    return set(scheme.formats) <= set(KERNELS[backend]) and not elsewhere & set(EXPERTS)
+    return set(scheme.formats) <= set(KERNELS[backend]) and not elsewhere & set(EXPERTS_ONLY)
 
 
 def _over(ask: Ask, scheme: Scheme) -> str:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from qcn_compile.errors import UsageError
 
+EXPERTS_ONLY = ("int4-g128", "nvfp4")  # formats of four bits that only the kernels of experts on GPUs read
 CLASSES = ("experts", "dense", "head", "embedding", "sensitive", "vectors")
 """experts: routed and shared. dense: projections around the mixers. head: lm_head. embedding: the token table.
 sensitive: router, shared expert's gate, DeltaNet's b and a. vectors: norms, convolution, decay."""

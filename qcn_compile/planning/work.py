@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from math import sqrt
 from statistics import NormalDist
 
-from qcn_compile.planning.formats import BITS, MATH, Scheme
+from qcn_compile.planning.formats import BITS, EXPERTS_ONLY, MATH, Scheme
 from qcn_compile.planning.shape import ModelShape, share
 from qcn_compile.targets.cost import Work
 from qcn_compile.targets.layout import Layout
@@ -125,7 +125,7 @@ def _mlp(shape: ModelShape, scheme: Scheme, layout: Layout, machine: Machine, st
     read += whole * shape.shared_width / part
     flops += tokens * 6.0 * hidden * shape.shared_width / part
     yield Work("moe_add", layers, read + tokens * (3 * wide * hidden + 8 * picks), flops, MATH[scheme.experts],
-               "experts")
+               "four_bits" if scheme.experts in EXPERTS_ONLY else "experts")
 
 
 def expert_load(shape: ModelShape, layout: Layout, tokens: int) -> tuple[float, float]:
