@@ -180,6 +180,8 @@ def test_a_rank_that_ends_is_an_error_not_a_wait(opened: Any, monkeypatch: pytes
     os.kill(executable.team.processes[0], signal.SIGKILL)
     with pytest.raises(DeviceError, match=r"rank 1 \(process \d+\) was killed by SIGKILL"):
         executable.run([SPAN])
+    with pytest.raises(DeviceError, match="SIGKILL"):  # what keeping a prefix does when the run is closed
+        executable.rows.copy_state(0, 1)
     driver._cuEventQuery = lambda event: (0,)
 
 
