@@ -107,6 +107,7 @@ class Model:
                              _speculation(speculation, memory, executable))
         self._sequences = RaggedSequences(executable, self.engine)
         self._streams: WeakValueDictionary[str, Stream] = WeakValueDictionary()
+        self.closed = False
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -208,6 +209,7 @@ class Model:
     def close(self) -> None:
         """End all requests and stop the threads, whatever fails on the way: keeping the prefixes of the last requests
         needs all ranks, and one may be gone. The model cannot run afterwards."""
+        self.closed = True
         with ExitStack() as last:
             if self.executable.routing is not None:
                 last.callback(self.executable.routing.write)
@@ -258,7 +260,8 @@ class Stream(Iterator[Output]):
     def close(self) -> None:
         """Abort the request if it still runs."""
         self._ended = True
-        self._model.engine.abort(self.request_id)
+        if not self._model.closed:
+            self._model.engine.abort(self.request_id)
 
     def __del__(self) -> None:
         self.close()

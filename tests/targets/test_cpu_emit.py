@@ -33,7 +33,7 @@ def test_builds_are_byte_for_byte_equal(tmp_path: Path) -> None:
     names = [target.emit(order, tmp_path / name) for name, order in (("a", SAMPLE), ("b", SAMPLE[::-1]))]
     assert names[0] == names[1] == ["libqcnhost.so", "libkernels.so"]
     files = sorted(p.relative_to(tmp_path / "a") for p in (tmp_path / "a").rglob("*") if p.is_file())
-    assert len(files) == 4 + len(SAMPLE)  # two libraries, the C of the host and of ranks, a source a kernel
+    assert len(files) == 5 + len(SAMPLE)  # two libraries, the C of the host, its memory and ranks, a source a kernel
     _, different, missing = filecmp.cmpfiles(tmp_path / "a", tmp_path / "b", [str(f) for f in files], shallow=False)
     assert (different, missing) == ([], [])
     assert str(tmp_path).encode() not in (tmp_path / "a" / "libkernels.so").read_bytes()
