@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -69,7 +70,8 @@ def test_stages_compute_the_whole(family: str, pp: int, tp: int) -> None:
         assert sum(map(_held, graphs)) == _held(whole)
 
 
-def test_a_stage_needs_a_layer() -> None:
+def test_a_stage_needs_a_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # where the pass's input is left
     with pytest.raises(PassError, match="--pp 5: @main has 4 layers; choose at most 4 stages"):
         optimised(case("qwen3").graph, None, SplitStages(0, 5))
 
