@@ -42,7 +42,7 @@ Progress = Callable[[int, int], None]
 def emit(kernels: Sequence[Kernel], folder: Path, card: Hardware, progress: Progress | None = None,
          workers: int | None = None) -> list[str]:
     """Compile kernels under `folder`. Returns kernels.json and the cubins. Raises LoweringError naming a kernel that
-    does not compile or does not fit the card."""
+    does not compile or does not fit the card, UsageError where there is no assembler."""
     (folder / "source").mkdir(parents=True, exist_ok=True)
     ordered = sorted(set(kernels), key=lambda kernel: kernel.symbol)
     index, names = {}, []
@@ -74,7 +74,9 @@ def compiled(kernels: Sequence[Kernel], card: Hardware,
              workers: int | None = None) -> Iterator[tuple[bytes, dict[str, Any]]]:
     """(cubin, row of kernels.json) of each kernel, in order. A crash of the compiler ends a worker, not us."""
     count = min(workers or build_jobs(), max(len(kernels), 1))
-    with ProcessPoolExecutor(count, mp_context=get_context("spawn"), initializer=_prepare) as pool:
+    assembler = "" if card.vendor == AMD else os.environ.get("TRITON_PTXAS_PATH") or ptxas()
+    with ProcessPoolExecutor(count, mp_context=get_context("spawn"), initializer=_prepare,
+                             initargs=(assembler,)) as pool:
         jobs = [pool.submit(fitting, kernel, _gfx(card) if card.vendor == AMD else card.arch,
                             FAMILIES[kernel.family], card.shared) for kernel in kernels]
         for kernel, job in zip(kernels, jobs, strict=True):
@@ -104,12 +106,12 @@ def _crash(kernel: Kernel, card: Hardware) -> Exception:
                          "report it with this configuration")
 
 
-def _prepare() -> None:
+def _prepare(assembler: str) -> None:
     """Cubins without source paths are the same bytes everywhere; a test's interpreter must not reach the worker."""
     os.environ["TRITON_DISABLE_LINE_INFO"] = "1"
     os.environ.pop("TRITON_INTERPRET", None)
-    if "TRITON_PTXAS_PATH" not in os.environ:
-        os.environ["TRITON_PTXAS_PATH"] = ptxas()
+    if assembler:
+        os.environ["TRITON_PTXAS_PATH"] = assembler
 
 
 def ptxas() -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 from pathlib import Path
@@ -10,6 +9,9 @@ from pathlib import Path
 import pytest
 from cases import every
 
+from qcn_compile.errors import UsageError
+from qcn_compile.targets.base import Kernel
+from qcn_compile.targets.triton import emit
 from qcn_compile.targets.triton.emit import ptxas
 from qcn_compile.targets.triton.target import GpuTarget
 
@@ -53,12 +55,22 @@ def test_products_from_small_tiles_have_whole_descriptors(tmp_path: Path) -> Non
     assert "HGMMA" in sass and not halves_mixed_up(sass)
 
 
-def test_another_assembler_can_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    from qcn_compile.targets.triton import emit
+def _one_kernel() -> list[Kernel]:
+    case = next(case for case, _ in every() if case.name == "rms_norm")
+    return [call.kernel for _, call in case.lower(GpuTarget("h100"))][:1]
 
-    monkeypatch.setenv("TRITON_PTXAS_PATH", "/elsewhere/ptxas")
-    monkeypatch.setattr(os, "environ", dict(os.environ))
-    assert Path(ptxas()).is_file()
-    monkeypatch.setattr(emit, "ptxas", lambda: pytest.fail("looked for the package's"))
-    emit._prepare()
-    assert os.environ["TRITON_PTXAS_PATH"] == "/elsewhere/ptxas"
+
+def test_another_assembler_can_be_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other, asked = tmp_path / "ptxas", tmp_path / "asked"
+    other.write_text(f'#!/bin/sh\ntouch "{asked}"\nexec "{ptxas()}" "$@"\n')
+    other.chmod(0o755)
+    monkeypatch.setenv("TRITON_PTXAS_PATH", str(other))
+    GpuTarget("h100").emit(_one_kernel(), tmp_path / "kernels")
+    assert asked.is_file()
+
+
+def test_without_an_assembler_the_cure_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_PTXAS_PATH", raising=False)
+    monkeypatch.setattr(emit, "find_spec", lambda name: None)
+    with pytest.raises(UsageError, match=r"pip install nvidia-cuda-nvcc-cu12==12\.9\.86"):
+        GpuTarget("h100").emit(_one_kernel(), tmp_path)
